@@ -1,0 +1,1 @@
+"""The Megatron-core GPT model with MKA attention."""

@@ -1,0 +1,82 @@
+"""Megatron-core's GPTModel, called with tokens, documents and labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mka_megatron.config.schema import Config
+from mka_megatron.memory.documents import Documents
+from mka_megatron.model.core_attention import VariantCore
+from mka_megatron.model.inputs import AttentionInputs
+from mka_megatron.model.rope import RotaryTable
+from mka_megatron.parallel.groups import Topology
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+
+class GPT(GPTModel):
+    """A decoder whose layers rotate queries and keys themselves (`position_embedding_type="none"`)."""
+
+    def __init__(self, run: Config, transformer: TransformerConfig, spec: TransformerBlockSubmodules,
+                 rope: RotaryTable, topology: Topology, vocab_size: int, padded_vocab_size: int):
+        super().__init__(
+            config=transformer,
+            transformer_layer_spec=spec,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=run.model.max_position_embeddings,
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=run.model.tie_embeddings,
+            pg_collection=topology.groups,
+        )
+        self.real_vocab_size = vocab_size
+        self.rope = rope
+
+    def forward(self, tokens: Tensor, documents: Documents, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Per-token loss, or logits where no labels are given.
+
+        Args:
+            tokens: [B,S] int64; S divisible by the tensor-parallel size under sequence parallelism.
+            documents: layout of the batch.
+            labels: [B,S] int64 next tokens, `IGNORE` where there is no loss.
+
+        Returns:
+            nll [B,S] fp32 in nats, 0 where the label is IGNORE; without labels logits [B,S,vocab_size],
+            gathered over tensor-parallel ranks.
+        """
+        cos, sin = self.rope(documents.positions)
+        inputs = AttentionInputs(documents=documents, cos=cos, sin=sin)
+        out = super().forward(
+            input_ids=tokens,
+            position_ids=documents.positions,
+            attention_mask=None,
+            labels=None if labels is None else labels.clamp(min=0),
+            packed_seq_params=inputs,
+            runtime_gather_output=labels is None,
+        )
+        if labels is None:
+            return out[..., : self.real_vocab_size]
+        return out.masked_fill(labels == IGNORE, 0.0)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [B,S], logits [S,B,V/tp] -> nll [B,S]; padded vocabulary entries take no probability."""
+        local = logits.shape[-1]
+        real = min(local, max(0, self.real_vocab_size - self.pg_collection.tp.rank() * local))
+        if real < local:
+            padding = torch.arange(local, device=logits.device) >= real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        if self.pg_collection.tp.size() == 1:
+            # [S,B,V] -> [S*B,V]: one fused op instead of the vocabulary-parallel sequence
+            nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.transpose(0, 1).flatten(), reduction="none")
+            return nll.view(logits.shape[:2]).transpose(0, 1)
+        return super().compute_language_model_loss(labels, logits)
+
+    def route_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Per gated layer, of the last forward: (mean share of each level [L], mean entropy in nats), detached."""
+        cores = [module for module in self.modules() if isinstance(module, VariantCore)]
+        return [(core.last_shares, core.last_entropy) for core in cores if core.last_shares is not None]
