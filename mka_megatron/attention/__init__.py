@@ -1,0 +1,1 @@
+"""The attention variants as pure functions of tensors: no Megatron, no Hugging Face here."""

@@ -1,0 +1,1 @@
+"""The memory levels: document boundaries, causal summaries, routing weights."""
