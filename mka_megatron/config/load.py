@@ -1,0 +1,186 @@
+"""YAML files with `base:` inheritance and `a.b=value` overrides, typed into the frozen dataclasses.
+
+Layers are merged in this order: each file's bases (depth first, in the order given), the file itself,
+the next file, the overrides. Mappings merge, everything else (lists too) replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from mka_megatron.config.aliases import normalise
+from mka_megatron.config.errors import ConfigError, show
+from mka_megatron.config.fields import annotation_at, is_section, kind, sections, type_hints
+from mka_megatron.config.from_hf import read_model
+from mka_megatron.config.schema import Config
+from mka_megatron.config.validate import check_files, validate
+from mka_megatron.config.yaml_text import parse_yaml
+
+__all__ = ["ConfigError", "load_config"]
+
+MAX_FILE_BYTES = 1 << 20
+COMMAND_LINE = "the command line"
+Origins = dict[tuple[str, ...], str]
+
+
+def load_config(paths: str | Path | Sequence[str | Path] = (), overrides: Sequence[str] = (),
+                world_size: int | None = None) -> Config:
+    """The checked configuration of a run.
+
+    Args:
+        paths: one YAML file or several, later ones over earlier ones; none gives the schema's defaults.
+        overrides: `dotted.key=value` strings, the value in YAML; over every file.
+        world_size: number of ranks, checked against the parallel section where given.
+
+    Raises:
+        ConfigError: one sentence that names the key or file, the value and the fix.
+    """
+    merged: dict[str, Any] = {}
+    origins: Origins = {}
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        for origin, layer in _file_layers(Path(path), ()):
+            _merge(merged, normalise(layer, origin), origin, origins)
+    for override in overrides:
+        _merge(merged, normalise(_parse_override(override), COMMAND_LINE), COMMAND_LINE, origins)
+    config = _apply_init_from(_typed(merged, origins), merged, origins)
+    validate(config, world_size)
+    check_files(config)
+    return config
+
+
+def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """The file's bases, then the file, each with its name; `parents` are the files that led here."""
+    wanted_by = f", named by base in {parents[-1]}" if parents else ""
+    try:
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise ConfigError(f"Configuration file {show(str(path))}{wanted_by} {what}; give the path of a YAML file.")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"Configuration file {path}{wanted_by} is larger than 1 MiB; give the path of a YAML file.")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"Configuration file {show(str(path))}{wanted_by} cannot be read: {reason}; "
+                          "give the path of a YAML file.") from None
+    if path.resolve() in (parent.resolve() for parent in parents):
+        chain = " -> ".join(str(p) for p in (*parents, path))
+        raise ConfigError(f"base in {parents[-1]} makes a circle ({chain}); remove one of these base entries.")
+    layer = parse_yaml(text, str(path))
+    layer = {} if layer is None else layer
+    if not isinstance(layer, dict):
+        raise ConfigError(f"Configuration file {path} holds {show(layer)}, not sections such as `model:`; "
+                          "write it as a mapping.")
+    bases = layer.pop("base", None)
+    bases = [] if bases is None else [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"base in {path} is {show(bases)}: it must be a file name or a list of file names.")
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for base in bases:
+        layers += _file_layers(path.parent / base, (*parents, path))
+    return [*layers, (str(path), layer)]
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as {"a": {"b": value}}."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"Argument {show(override)} is not an override: write section.key=value, "
+                          "for example training.steps=100.")
+    value = parse_yaml(text, f"The value of {key}")
+    for name in reversed(names):
+        value = {name: value}
+    return value
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any], origin: str, origins: Origins,
+           prefix: tuple[str, ...] = ()) -> None:
+    """Merge `layer` into `into` in place; `origins` records who set each key last."""
+    for key, value in layer.items():
+        path = (*prefix, str(key))
+        origins[path] = origin
+        if isinstance(value, dict) and isinstance(into.get(str(key)), dict):
+            _merge(into[str(key)], value, origin, origins, path)
+        elif isinstance(value, dict):
+            into[str(key)] = {}
+            _merge(into[str(key)], value, origin, origins, path)
+        else:
+            into[str(key)] = value
+
+
+def _typed(merged: dict[str, Any], origins: Origins) -> Config:
+    """Merged layers as a Config; strict types, no unknown keys."""
+    try:
+        text = json.dumps(merged)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"A value is not plain YAML ({error}); use numbers, strings, true, false, null and "
+                          "lists of them.") from None
+    try:
+        return pydantic.TypeAdapter(Config).validate_json(text, strict=True, extra="forbid")
+    except pydantic.ValidationError as error:
+        errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "unexpected_keyword_argument")
+        raise _sentence(errors[0]["type"], errors[0]["loc"], errors[0]["input"], origins) from None
+
+
+def _sentence(problem: str, location: tuple[str | int, ...], value: Any, origins: Origins) -> ConfigError:
+    """pydantic's first complaint as our sentence."""
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".")
+    names = tuple(step for step in location if isinstance(step, str))
+    origin = next((origins[names[:n]] for n in range(len(names), 0, -1) if names[:n] in origins), COMMAND_LINE)
+    if problem == "unexpected_keyword_argument":
+        return ConfigError(f"{show(key)} in {origin} is not a configuration key; {_suggestion(location)}.")
+    if problem == "missing":
+        return ConfigError(f"{key} is missing in {origin}; add it.")
+    hint = annotation_at(location)
+    if hint is None:
+        return ConfigError(f"The configuration cannot be parsed as JSON at {key or 'its top'}; simplify that value.")
+    return ConfigError(f"{key} is {show(value)} in {origin}: it must be {kind(hint)}.")
+
+
+def _suggestion(location: tuple[str | int, ...]) -> str:
+    """The nearest known key, from the same section first, then from anywhere."""
+    parent = annotation_at(location[:-1]) if len(location) > 1 else Config
+    wrong = str(location[-1])
+    prefix = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in location[:-1]).lstrip(".")
+    if is_section(parent):
+        near = difflib.get_close_matches(wrong, list(type_hints(parent)), n=1, cutoff=0.6)
+        if near:
+            return f"did you mean {prefix}{'.' if prefix else ''}{near[0]}"
+    leaves = {field.key.rsplit(".", 1)[-1]: field.key for _, _, own in sections() for field in own}
+    near = difflib.get_close_matches(wrong, list(leaves), n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {leaves[near[0]]}"
+    if is_section(parent):
+        return f"{prefix or 'the top level'} has {', '.join(type_hints(parent))}"
+    return "see --help for the keys"
+
+
+def _apply_init_from(config: Config, merged: dict[str, Any], origins: Origins) -> Config:
+    """The model section from the directory of `model.init_from`; an explicit contradiction is refused."""
+    if config.model.init_from is None:
+        return config
+    read = read_model(config.model.init_from)
+
+    def contradiction(explicit: dict[str, Any], typed: object, wanted: object, path: tuple[str, ...]) -> None:
+        for name in explicit:
+            here = (*path, name)
+            if isinstance(explicit[name], dict):
+                contradiction(explicit[name], getattr(typed, name), getattr(wanted, name), here)
+            elif explicit[name] is not None and getattr(typed, name) != getattr(wanted, name):
+                raise ConfigError(
+                    f"{'.'.join(here)} is {show(getattr(typed, name))} in {origins[here]} but "
+                    f"{show(getattr(wanted, name))} in {config.model.init_from}/config.json: remove it, or start "
+                    "from a configuration without a model section such as configs/run/from_hf.yaml.")
+
+    model = dataclasses.replace(config.model, **read)
+    contradiction(merged["model"], config.model, model, ("model",))
+    return dataclasses.replace(config, model=model)
