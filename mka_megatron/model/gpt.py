@@ -16,9 +16,6 @@ from mka_megatron.model.inputs import AttentionInputs
 from mka_megatron.model.rope import RotaryTable
 from mka_megatron.parallel.groups import Topology
 
-IGNORE = -100
-"""Label of a position that carries no loss."""
-
 
 class GPT(GPTModel):
     """A decoder whose layers rotate queries and keys themselves (`position_embedding_type="none"`)."""
@@ -43,10 +40,10 @@ class GPT(GPTModel):
         Args:
             tokens: [B,S] int64; S divisible by the tensor-parallel size under sequence parallelism.
             documents: layout of the batch.
-            labels: [B,S] int64 next tokens, `IGNORE` where there is no loss.
+            labels: [B,S] int64 next tokens, negative where there is no loss.
 
         Returns:
-            nll [B,S] fp32 in nats, 0 where the label is IGNORE; without labels logits [B,S,vocab_size],
+            nll [B,S] fp32 in nats, 0 where the label is negative; without labels logits [B,S,vocab_size],
             gathered over tensor-parallel ranks.
         """
         cos, sin = self.rope(documents.positions)
@@ -61,7 +58,7 @@ class GPT(GPTModel):
         )
         if labels is None:
             return out[..., : self.real_vocab_size]
-        return out.masked_fill(labels == IGNORE, 0.0)
+        return out.masked_fill(labels < 0, 0.0)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B,S], logits [S,B,V/tp] -> nll [B,S]; padded vocabulary entries take no probability."""
