@@ -34,7 +34,7 @@ def attend(
     Args:
         q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], raw.
         route: the gate's output; None when L1 is the only level, where fusion is the identity.
-        config: reads attention.fuse, routing.mode and memory_hierarchy.l2.summary.
+        config: reads attention.fuse and routing.mode.
 
     Returns:
         ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route).
@@ -43,9 +43,9 @@ def attend(
     if route is not None:
         weights = routing.route(route.logits, None, config.routing.mode)
         if "k" in config.attention.fuse:
-            k = fuse(k, weights, route.beta, l2_summary(k, route.decay_k, documents, config))
+            k = fuse(k, weights, route.beta, l2_summary(k, route.decay_k, documents))
         if "v" in config.attention.fuse:
-            v = fuse(v, weights, route.beta, l2_summary(v, route.decay_v, documents, config))
+            v = fuse(v, weights, route.beta, l2_summary(v, route.decay_v, documents))
         weights = weights.detach()
     return causal_attention(finish.q(q), finish.k(k), v, documents, scale), weights
 
@@ -59,7 +59,7 @@ def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> T
     Args:
         tokens: [B, S, G, d]; summaries: levels 2..L, the same shape.
         weights: [B, S, L] or [B, S, G, L].
-        beta: scalar.
+        beta: scalar or [1].
 
     Returns:
         [B, S, G, d], dtype of tokens; the arithmetic is in the wider of the dtypes.
@@ -73,8 +73,6 @@ def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> T
     return fused.to(tokens.dtype)
 
 
-def l2_summary(x: Tensor, decay: Tensor, documents: Documents, config: Config) -> Tensor:
-    """The session level of raw keys or values, [B, S, G, d] -> the same shape."""
-    if config.memory_hierarchy.l2.summary == "ema":
-        return ema(x, decay, documents)[0]
-    return prefix_mean(x, documents)[0]
+def l2_summary(x: Tensor, decay: Tensor | None, documents: Documents) -> Tensor:
+    """The session level of raw keys or values, [B, S, G, d] -> the same shape; no decay: the prefix mean."""
+    return prefix_mean(x, documents)[0] if decay is None else ema(x, decay, documents)[0]

@@ -64,13 +64,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scal
     sizes = _sizes(documents, batch, sequence)
     # one split per row, so that the backward is one concatenation and not a sum of zero-filled slices
     rows = []
-    for q_row, k_row, v_row, sizes in zip(
-        q.unbind(0), k.unbind(0), v.unbind(0), _sizes(documents, *q.shape[:2]), strict=True
-    ):
-        parts = zip(*(x.split([length for length, _ in sizes]) for x in (q_row, k_row, v_row)), strict=True)
+    sizes = _sizes(documents, q.shape[0], q.shape[1])
+    for q_row, k_row, v_row, row in zip(q.unbind(0), k.unbind(0), v.unbind(0), sizes, strict=True):
+        lengths = [length for length, _ in row]
+        parts = zip(q_row.split(lengths), k_row.split(lengths), v_row.split(lengths), row, strict=True)
         outs = [
-            _sdpa(*(x[None] for x in part), scale)[0] if tokens else torch.zeros_like(part[0])
-            for part, (_, tokens) in zip(parts, sizes, strict=True)
+            _sdpa(a[None], b[None], c[None], scale)[0] if tokens else torch.zeros_like(a)
+            for a, b, c, (_, tokens) in parts
         ]
         rows.append(torch.cat(outs))
     return torch.stack(rows)[..., :channels]

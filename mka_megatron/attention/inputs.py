@@ -26,8 +26,8 @@ class RouteInputs:
     logits: Tensor
     """[B, S, L] gate logits (one route per token) or [B, S, G, L] (one per KV head), fp32; levels L1, L2."""
     beta: Tensor
-    """Scalar: the blend of the fused levels against the plain tokens."""
-    decay_k: Tensor
-    """EMA decay of the keys in (0, 1), broadcastable to [G, d]; the prefix mean ignores it."""
-    decay_v: Tensor
-    """EMA decay of the values in (0, 1), broadcastable to [G, d]; the prefix mean ignores it."""
+    """Scalar or [1]: the blend of the fused levels against the plain tokens."""
+    decay_k: Tensor | None
+    """EMA decay of the keys in (0, 1), broadcastable to [G, d]; None for the prefix mean."""
+    decay_v: Tensor | None
+    """EMA decay of the values in (0, 1), broadcastable to [G, d]; None for the prefix mean."""

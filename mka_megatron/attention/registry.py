@@ -4,51 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
-from torch import Tensor
-
-from mka_megatron.attention import fastmka, grouped
+from mka_megatron.attention import fastmka, grouped, mka, mla
 from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.config.schema import Config, ModelConfig
-from mka_megatron.memory.documents import Documents
+from mka_megatron.memory import routing
 
-
-class Attend(Protocol):
-    """The pure part of a variant: raw projections to attention output, [B, S, H, value channels], and the
-    routing weights for monitoring (None without a route)."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        finish: Finish,
-        route: RouteInputs | None,
-        documents: Documents,
-        scale: float,
-        config: Config,
-    ) -> tuple[Tensor, Tensor | None]: ...
+__all__ = ["VARIANTS", "Finish", "RouteInputs", "Variant"]
 
 
 @dataclass(frozen=True)
 class Variant:
     """One way to attend, and what an adapter must build for it."""
 
-    attend: Attend
-    """The computation."""
+    attend: Callable[..., Any]
+    """The pure part, from projections to outputs [B, S, H, value channels]; its arguments follow `projection`:
+    grouped.attend's (and result, with the routing weights or None), or mla.latent_attention's."""
+    projection: Literal["grouped", "latent"]
+    """grouped: one QKV projection to head groups; latent: low-rank projections with a shared rotary key."""
     kv_heads: Callable[[ModelConfig], int]
     """KV heads of the projection."""
-    gated: bool
-    """Takes a route: build a gate, a blend and decays if there is more than one level to route over."""
-    projection: Literal["grouped", "latent"]
-    """grouped: one QKV projection per head group; latent: low-rank projections with a shared rotary key."""
+    gated: bool = False
+    """Routes over the memory levels."""
+    attends_each_level: bool = False
+    """One attention per level instead of one in all."""
+
+    def levels(self, config: Config) -> int:
+        """Memory levels it routes over; with one there is nothing to route: build no gate and pass no route."""
+        return routing.levels(config.memory_hierarchy) if self.gated else 1
+
+
+def _every_head(model: ModelConfig) -> int:
+    return model.num_attention_heads
+
+
+def _configured(model: ModelConfig) -> int:
+    return model.num_kv_heads
 
 
 VARIANTS: dict[str, Variant] = {
-    "mha": Variant(grouped.attend, lambda model: model.num_attention_heads, False, "grouped"),
-    "mqa": Variant(grouped.attend, lambda model: 1, False, "grouped"),
-    "gqa": Variant(grouped.attend, lambda model: model.num_kv_heads, False, "grouped"),
-    "fastmka": Variant(fastmka.attend, lambda model: model.num_kv_heads, True, "grouped"),
+    "mha": Variant(grouped.attend, "grouped", _every_head),
+    "mqa": Variant(grouped.attend, "grouped", lambda model: 1),
+    "gqa": Variant(grouped.attend, "grouped", _configured),
+    "mla": Variant(mla.latent_attention, "latent", _every_head),
+    "mka": Variant(mka.attend, "grouped", _configured, gated=True, attends_each_level=True),
+    "fastmka": Variant(fastmka.attend, "grouped", _configured, gated=True),
 }

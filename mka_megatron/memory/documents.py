@@ -56,7 +56,7 @@ class Documents:
         spans = []
         for row, begins in groupby(starts.nonzero().tolist(), key=lambda start: start[0]):
             begin = [start[1] for start in begins]
-            spans += [(row, b, e) for b, e in zip(begin, begin[1:] + [sequence], strict=True)]
+            spans += [(row, b, e) for b, e in zip(begin, [*begin[1:], sequence], strict=True)]
         if padding is not None:
             tokens = (~padding).long().cumsum(dim=1).tolist()
             counts = [tokens[r][e - 1] - (tokens[r][b - 1] if b else 0) for r, b, e in spans]
@@ -110,7 +110,7 @@ class Documents:
         times: list[int] = []
         last: list[int] = []
         for row, spans in enumerate(ends):
-            nexts = [begin for begin, _ in spans[1:]] + [sequence]
+            nexts = [*(begin for begin, _ in spans[1:]), sequence]
             for (_, end), following in zip(spans, nexts, strict=False):
                 rows += [row] * (following - end)
                 times += range(end, following)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mka_megatron.config.schema import L2Config
 from mka_megatron.memory.documents import Documents
 
 
@@ -75,17 +76,27 @@ def prefix_mean(
     return (sums / counts.clamp_min(1).view(shape)).to(x.dtype), (total, counts[:, -1])
 
 
-def decay_logits(min_span: float, max_span: float, count: int) -> Tensor:
-    """[count] fp32 logits of decays 1 - 1/span with log-spaced spans from `min_span` to `max_span` tokens
-    (one decay: their geometric mean). Raises ValueError unless 1 < min_span <= max_span."""
-    if not 1 < min_span <= max_span:
-        raise ValueError(f"min_span {min_span}, max_span {max_span}: spans need 1 < min_span <= max_span.")
-    low, high = math.log(min_span), math.log(max_span)
+def decay_logits(l2: L2Config, kv_heads: int, head_dim: int) -> Tensor:
+    """Initial logits of the EMA's decays 1 - 1/span, for spans log-spaced from l2.min_span to l2.max_span tokens.
+
+    Every head has the same spread over its channels, so that it does not depend on how heads are sharded; with
+    one decay per head (l2.decay "head") the spread is over the heads.
+
+    Returns:
+        fp32 [G, d], or [G, 1] for "head". Raises ValueError unless 1 < min_span <= max_span.
+    """
+    if not 1 < l2.min_span <= l2.max_span:
+        raise ValueError(
+            f"memory_hierarchy.l2.min_span is {l2.min_span}, max_span {l2.max_span}: set 1 < min_span <= max_span."
+        )
+    low, high = math.log(l2.min_span), math.log(l2.max_span)
+    per_head = l2.decay == "head"
+    count = kv_heads if per_head else head_dim
     if count == 1:
         low = high = (low + high) / 2
-    spans = torch.linspace(low, high, count, dtype=torch.float64).exp()
     # logit(1 - 1/span) = log(span - 1)
-    return (spans - 1).log().float()
+    logits = (torch.linspace(low, high, count, dtype=torch.float64).exp() - 1).log().float()
+    return logits[:, None] if per_head else logits.repeat(kv_heads, 1)
 
 
 class _Ema(torch.autograd.Function):

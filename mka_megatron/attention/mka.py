@@ -1,0 +1,187 @@
+"""MKA: attend to every level, then mix by the route: outputs (Algorithm 1) or scores under one softmax (eq. 5).
+
+Shapes: B batch, S sequence, H query heads, G KV heads, d head channels, L levels.
+Level 1 is the tokens; level l > 1 has one raw key and value per token, a causal summary up to that token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mka_megatron.attention.fastmka import l2_summary
+from mka_megatron.attention.flash import causal_backward, causal_forward
+from mka_megatron.attention.grouped import causal_attention
+from mka_megatron.attention.inputs import Finish, RouteInputs
+from mka_megatron.config.schema import Config
+from mka_megatron.memory import routing
+from mka_megatron.memory.documents import Documents
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    finish: Finish,
+    route: RouteInputs | None,
+    documents: Documents,
+    scale: float,
+    config: Config,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over every level, mixed as `attention.mixture` says.
+
+    output: out_1 + beta * (sum_l lambda_l out_l - out_1), every level causal over its own S keys.
+    score: sum_l lambda_l exp(s_l) v_l / sum_l lambda_l exp(s_l), one normalisation over all levels; beta has no part.
+
+    Args:
+        q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], raw.
+        route: the gate's output; None when L1 is the only level, where both mixtures are plain attention.
+        config: reads attention.mixture and routing.mode.
+
+    Returns:
+        ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route).
+        Raises ValueError for routing.mode top1 under the score mixture.
+    """
+    q = finish.q(q)
+    if route is None:
+        return causal_attention(q, finish.k(k), v, documents, scale), None
+    keys = [finish.k(k), finish.k(l2_summary(k, route.decay_k, documents))]
+    values = [v, l2_summary(v, route.decay_v, documents)]
+    if config.attention.mixture == "score":
+        bias = routing.score_bias(route.logits, None, config.routing.mode)
+        return score_mixture(q, keys, values, bias, documents, scale), bias.detach().softmax(dim=-1)
+    weights = routing.route(route.logits, None, config.routing.mode)
+    return output_mixture(q, keys, values, weights, route.beta, documents, scale), weights.detach()
+
+
+def output_mixture(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    weights: Tensor,
+    beta: Tensor,
+    documents: Documents,
+    scale: float,
+) -> Tensor:
+    """out_1 + beta * (sum_l lambda_l out_l - out_1), Algorithm 1 for beta = 1.
+
+    Args:
+        q: [B, S, H, d], finished; keys, values: L tensors [B, S, G, d], finished keys.
+        weights: [B, S, L] or [B, S, G, L], summing to one over L.
+        beta: scalar or [1].
+
+    Returns:
+        [B, S, H, d], dtype of q.
+    """
+    # [B, S, L] -> [B, S, H or 1, L]
+    shares = beta * (_per_head(weights, q.shape[2]) if weights.dim() == 4 else weights[:, :, None])
+    first = causal_attention(q, keys[0], values[0], documents, scale).to(shares.dtype)
+    mixed = first
+    for level in range(1, len(keys)):
+        out = causal_attention(q, keys[level], values[level], documents, scale)
+        mixed = mixed + shares[..., level, None] * (out.to(shares.dtype) - first)
+    return mixed.to(q.dtype)
+
+
+def score_mixture(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    bias: Tensor,
+    documents: Documents,
+    scale: float,
+) -> Tensor:
+    """One softmax over the keys of all levels, level l's scores raised by its bias (eq. 5 with bias = log lambda).
+
+    Level by level in flash kernels that are joined by their logsumexps: memory is O(S) per head.
+
+    Args:
+        q: [B, S, H, d], finished; keys, values: L tensors [B, S, G, d], finished keys.
+        bias: fp32 (or wider), [B, S, L] or [B, S, G, L], -inf where a level takes no part (never all of them).
+        documents: boundaries of the [B, S] slots.
+        scale: factor on the scores.
+
+    Returns:
+        [B, S, H, d], dtype of q, 0 on padding. Differentiable once in q, keys, values and bias; the gradient of the
+        bias sums to zero over the levels.
+    """
+    return _ScoreMixture.apply(q, bias, documents, scale, *keys, *values)
+
+
+def _per_head(per_group: Tensor, heads: int) -> Tensor:
+    """[B, S, L] or [B, S, G, L] -> [B, S, H, L]."""
+    grouped = per_group if per_group.dim() == 4 else per_group[:, :, None]
+    return grouped.repeat_interleave(heads // grouped.shape[2], dim=2)
+
+
+class _ScoreMixture(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, bias: Tensor, documents: Documents, scale: float, *keys_values: Tensor
+    ) -> Tensor:
+        levels = len(keys_values) // 2
+        keys, values = keys_values[:levels], keys_values[levels:]
+        # [B, S, H, L] -> L x [B, H, S]
+        biases = _per_head(bias, q.shape[2]).permute(3, 0, 2, 1)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        level_outs = [torch.zeros_like(out) for _ in range(levels)]
+        shares = torch.zeros_like(biases, memory_format=torch.contiguous_format)
+        total = torch.zeros_like(shares[0])
+        extras: list[list[tuple[Any, ...]]] = []
+        for rows, times in documents.regions:
+            parts = [causal_forward(q[rows, times], k[rows, times], v[rows, times], scale)
+                     for k, v in zip(keys, values, strict=True)]  # fmt: skip
+            scores = torch.stack([lse for _, lse, _ in parts]) + biases[:, rows, :, times]
+            total[rows, :, times] = scores.logsumexp(dim=0)
+            shares[:, rows, :, times] = (scores - total[rows, :, times]).exp()
+            mixed = sum(
+                # [B, H, S] -> [B, S, H, 1]
+                share.transpose(1, 2)[..., None] * level_out.to(share.dtype)
+                for share, (level_out, _, _) in zip(shares[:, rows, :, times], parts, strict=True)
+            )
+            out[rows, times] = mixed.to(out.dtype)
+            for kept, (level_out, _, _) in zip(level_outs, parts, strict=True):
+                kept[rows, times] = level_out
+            extras.append([extra for _, _, extra in parts])
+        ctx.save_for_backward(q, bias, out, total, shares, *level_outs, *keys_values)
+        ctx.documents, ctx.scale, ctx.extras = documents, scale, extras
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, bias, out, total, shares, *rest = ctx.saved_tensors
+        levels = len(rest) // 3
+        level_outs, keys, values = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
+        biases = _per_head(bias, q.shape[2]).permute(3, 0, 2, 1)
+        grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        grad_keys = [torch.zeros_like(k, memory_format=torch.contiguous_format) for k in keys]
+        grad_values = [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in values]
+        for (rows, times), extras in zip(ctx.documents.regions, ctx.extras, strict=True):
+            for level in range(levels):
+                # exp(s + b_l - LSE) = exp(s - (LSE - b_l)): this level's part of the one softmax
+                lse = total[rows, :, times] - biases[level, rows, :, times]
+                part_q, part_k, part_v = causal_backward(
+                    grad[rows, times], q[rows, times], keys[level][rows, times], values[level][rows, times],
+                    out[rows, times], lse, extras[level], ctx.scale,
+                )  # fmt: skip
+                grad_q[rows, times] += part_q
+                grad_keys[level][rows, times] = part_k
+                grad_values[level][rows, times] = part_v
+        grad_bias = None
+        if ctx.needs_input_grad[1]:
+            wide = grad.to(total.dtype)
+            # db_l = share_l * (grad . out_l - grad . out), [B, S, H, L]
+            mean = (wide * out.to(total.dtype)).sum(dim=-1)
+            gains = torch.stack([(wide * o.to(total.dtype)).sum(dim=-1) - mean for o in level_outs], dim=-1)
+            per_head = shares.permute(1, 3, 2, 0) * gains
+            # [B, S, H, L] -> [B, S, G or 1, H/G or H, L]
+            groups = bias.shape[2] if bias.dim() == 4 else 1
+            grad_bias = per_head.unflatten(2, (groups, -1)).sum(dim=3)
+            grad_bias = grad_bias.view(bias.shape).to(bias.dtype)
+        return grad_q, grad_bias, None, None, *grad_keys, *grad_values

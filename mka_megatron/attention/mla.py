@@ -1,0 +1,46 @@
+"""Multi-head latent attention, DeepSeek-V2 section 2.1: the part after the projections.
+
+Shapes: B batch, S sequence, H heads, n key channels without position, r rotary channels, e value channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mka_megatron.attention.grouped import causal_attention
+from mka_megatron.attention.rope import apply_rope
+from mka_megatron.memory.documents import Documents
+
+
+def latent_attention(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    documents: Documents,
+    *,
+    nope: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention with decoupled rotary channels, whose key all heads share (eq. 14-18 there).
+
+    Args:
+        q: [B, S, H, n + r], the rotary channels last and not yet rotated.
+        kv: [B, S, H, n + e], the up-projected latent: keys without position, then values.
+        k_rope: [B, S, r], the shared rotary key, not yet rotated.
+        cos, sin: [B, S, r] fp32.
+        nope: n.
+        scale: factor on the scores, 1/sqrt(n + r) in the paper.
+
+    Returns:
+        [B, S, H, e], dtype of q.
+    """
+    q_nope, q_rope = q.tensor_split((nope,), dim=-1)
+    k_nope, v = kv.tensor_split((nope,), dim=-1)
+    # [B, S, r] -> [B, S, H, r]
+    shared = apply_rope(k_rope[:, :, None], cos, sin).expand(-1, -1, q.shape[2], -1)
+    queries = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
+    keys = torch.cat((k_nope, shared), dim=-1)
+    return causal_attention(queries, keys, v, documents, scale)
