@@ -195,7 +195,9 @@ class SourceConfig:
 
     path: str
     """text, .jsonl, .parquet file, a directory or glob of them, a Megatron .bin/.idx prefix,
-    `hf:<dataset name>[:<config>]`, or `stdlib` (the Python sources of this machine)."""
+    `hf:<dataset name or directory>[:<config>[:<split>]]` (split: train), or `stdlib` (the Python sources of this
+    machine). A text file of a directory or glob is one document (cut after 4 MiB); one named alone is a
+    collection, cut at line ends into about 64."""
     weight: float = 1.0
     """Share of the blend, relative to the other sources."""
     text_key: str = "text"

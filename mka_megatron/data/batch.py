@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mka_megatron.config.errors import ConfigError
 from mka_megatron.memory.documents import Documents
 
 IGNORE = -100
 """Label of a slot without a loss."""
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """A data source, tokenizer or cache that cannot be used; the message is one sentence with the fix."""
 
 

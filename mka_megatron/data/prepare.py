@@ -23,7 +23,7 @@ from mka_megatron.data.cache import publish
 from mka_megatron.data.corpus import Corpus, open_corpus
 from mka_megatron.data.encode import Report, content_hash, write_dataset
 from mka_megatron.data.shuffle import uniform
-from mka_megatron.data.sources import Source, open_source
+from mka_megatron.data.sources import Source, document_fields, open_source
 from mka_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 _VERSION = 1  # of what the cache holds
@@ -125,11 +125,6 @@ def held_out(hashes: Sequence[np.ndarray], fraction: float) -> list[np.ndarray]:
     return out
 
 
-def fields(data_format: str, text_key: str) -> tuple[str, ...]:
-    """The fields of a record that make a document."""
-    return ("prompt", "response") if data_format == "sft" else (text_key,)
-
-
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([_VERSION, *parts]).encode()).hexdigest()[:20]
 
@@ -138,7 +133,7 @@ def _tokenizer(data: DataConfig, train: Sequence[Source], fraction: float, progr
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     texts = [
-        (source, fields(data.format, entry.text_key))
+        (source, document_fields(data.format, entry.text_key))
         for source, entry in zip(train, data.train, strict=True)
         if source.prefix is None
     ]
@@ -188,7 +183,7 @@ def _open(
         # Reading a large dataset only to split it would take hours: its documents are known by number.
         return corpus, uniform(len(corpus.lengths), "indexed", Path(source.prefix).name)
     assert tokenizer is not None
-    keys = fields(data.format, entry.text_key)
+    keys = document_fields(data.format, entry.text_key)
     final = Path(data.cache_dir) / "datasets" / _key(source.fingerprint, keys, tokenizer.fingerprint)
 
     def build(directory: Path) -> None:

@@ -111,6 +111,11 @@ def open_source(source: SourceConfig, field: str) -> Source:
     )
 
 
+def document_fields(data_format: str, text_key: str) -> tuple[str, ...]:
+    """The fields of a record that make a document: one text, or a prompt and its response for sft."""
+    return ("prompt", "response") if data_format == "sft" else (text_key,)
+
+
 def indexed_prefix(path: str) -> str | None:
     """The Megatron prefix that `path` (with or without .bin/.idx) names, or None."""
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
