@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.attention.registry import Variant
 from mka_megatron.attention.rope import apply_rope
-from mka_megatron.config.schema import Config, L2Config
-from mka_megatron.memory.routing import levels, route_entropy
+from mka_megatron.config.schema import Config
+from mka_megatron.memory.routing import route_entropy
 from mka_megatron.memory.summary import decay_logits
 from mka_megatron.model.gate import build_gate, sharded_parameter
 from mka_megatron.model.inputs import AttentionInputs
@@ -41,27 +41,22 @@ class Route(nn.Module):
             beta = 0.0 if model.init_from else 1.0
         self.beta = mark_partial(nn.Parameter(torch.tensor([beta], dtype=dtype)))
         for name in ("decay_k", "decay_v"):
-            logits = sharded_parameter(initial_decays(l2, model.num_kv_heads, model.head_dim), 0, tp_group, dtype)
-            if l2.decay == "fixed" or l2.summary == "mean":
+            if l2.summary == "mean":
+                setattr(self, name, None)
+                continue
+            logits = sharded_parameter(decay_logits(l2, model.num_kv_heads, model.head_dim), 0, tp_group, dtype)
+            if l2.decay == "fixed":
                 self.register_buffer(name, logits.detach().float(), persistent=False)
             else:
                 self.register_parameter(name, logits)
 
     def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> RouteInputs:
         """Raw local queries and the layer input -> batch-major gate logits, blend and decays (fp32)."""
-        return RouteInputs(
-            logits=self.gate(q_SBHd, x_SBh).transpose(0, 1),
-            beta=self.beta.float(),
-            decay_k=self.decay_k.float().sigmoid(),
-            decay_v=self.decay_v.float().sigmoid(),
+        decay_k, decay_v = (
+            None if logits is None else logits.float().sigmoid() for logits in (self.decay_k, self.decay_v)
         )
-
-
-def initial_decays(l2: L2Config, groups: int, head_dim: int) -> Tensor:
-    """Decay logits of the whole model's KV heads, spans log-spread: [G,1] over heads, else [G,d] within each head."""
-    if l2.decay == "head":
-        return decay_logits(l2.min_span, l2.max_span, groups)[:, None]
-    return decay_logits(l2.min_span, l2.max_span, head_dim).expand(groups, head_dim)
+        logits = self.gate(q_SBHd, x_SBh).transpose(0, 1)
+        return RouteInputs(logits=logits, beta=self.beta.float(), decay_k=decay_k, decay_v=decay_v)
 
 
 class VariantCore(nn.Module):
@@ -73,7 +68,7 @@ class VariantCore(nn.Module):
         self.variant = variant
         self.scale = config.model.head_dim**-0.5
         self.recompute = config.training.recompute == "selective"
-        count = levels(config.memory_hierarchy) if variant.gated else 1
+        count = variant.levels(config)
         self.route = Route(config, count, tp_group, transformer.params_dtype) if count > 1 else None
         self.last_shares: Tensor | None = None
         self.last_entropy: Tensor | None = None
@@ -89,7 +84,7 @@ class VariantCore(nn.Module):
         def finish_k(k: Tensor) -> Tensor:
             return apply_rope(k if k_norm is None else k_norm(k), cos, sin)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *route: Tensor) -> tuple[Tensor, Tensor | None]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, *route: Tensor | None) -> tuple[Tensor, Tensor | None]:
             return self.variant.attend(
                 q, k, v, finish=Finish(finish_q, finish_k), route=RouteInputs(*route) if route else None,
                 documents=inputs.documents, scale=self.scale, config=self.config,
