@@ -99,6 +99,7 @@ def _ours(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any]:
         "zero_optimization": _zero(config, data_parallel, on_cuda),
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {"enabled": training.precision == "fp16"},
+        "zero_force_ds_cpu_optimizer": False,  # see optimizer.build_optimizer
         "steps_per_print": None,
         "checkpoint": {"tag_validation": "Ignore"},
     }

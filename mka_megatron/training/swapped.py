@@ -1,0 +1,70 @@
+"""Checkpoint state of a ZeRO-3 run whose optimizer or parameters live on NVMe.
+
+DeepSpeed 0.19 copies its swap files, but restores neither Adam's step counts nor the sub-groups that
+are too small to swap, and cannot load parameters that are on NVMe. So these runs write their state
+themselves: one file per sub-group (the unit that fits in memory), holding the fp32 parameters and both
+moments, and one for the loss scale. The 16-bit parameters follow from the fp32 ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mka_megatron.training.engine import Engine
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def applies(engine: Engine) -> bool:
+    """Whether this module, not DeepSpeed, writes and reads the engine's state."""
+    return "nvme" in (engine.config.engine.offload_optimizer, engine.config.engine.offload_param)
+
+
+def save(engine: Engine, folder: Path, write: Callable[[Any, Path], None]) -> None:
+    """Hand this rank's files to `write(object, path)`, one sub-group in memory at a time."""
+    optimizer = engine.deepspeed.optimizer
+    for index in range(len(optimizer.fp16_groups)):
+        swappable = optimizer._swappable_optimizer_subgroup(index)
+        if swappable:
+            optimizer._optimizer_states_and_gradient_swap_in(index)
+        master = optimizer.fp32_partitioned_groups_flat[index]
+        write({"master": master.detach(), **optimizer.optimizer.state[master]}, folder / _group_name(index))
+        if swappable:
+            optimizer._release_swap_buffers(index)
+    scaler = optimizer.loss_scaler
+    write({key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}, folder / _scaler_name())
+
+
+def load(engine: Engine, folder: Path) -> None:
+    """Put the saved state into a fresh engine, and on NVMe where it belongs there."""
+    optimizer = engine.deepspeed.optimizer
+    optimizer.checkpoint_event_prologue()
+    for index in range(len(optimizer.fp16_groups)):
+        saved = torch.load(folder / _group_name(index), map_location="cpu", weights_only=True)
+        swappable = optimizer._swappable_optimizer_subgroup(index)
+        if swappable:
+            optimizer._optimizer_states_and_gradient_swap_in(index)
+        master = optimizer.fp32_partitioned_groups_flat[index]
+        master.data.copy_(saved.pop("master"))
+        optimizer.optimizer.state[master] = {
+            key: value.to(master.device) if torch.is_tensor(value) else value for key, value in saved.items()
+        }
+        optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if swappable:
+            optimizer._optimizer_states_and_gradient_swap_out(index)
+    for key, value in torch.load(folder / _scaler_name(), weights_only=True).items():
+        setattr(optimizer.loss_scaler, key, value)
+    optimizer.checkpoint_event_epilogue()
+
+
+def _group_name(index: int) -> str:
+    return f"deepspeed/swapped-{dist.get_rank():05d}-{index:05d}.pt"
+
+
+def _scaler_name() -> str:
+    return f"deepspeed/loss-scale-{dist.get_rank():05d}.pt"
