@@ -15,44 +15,11 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step. Times in seconds; `tokens` are the labels that the loss averages over,
-    `processed` all token slots of the global batch."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    processed: int
-    skipped: bool
-    seconds: float
-    data_seconds: float
-    flops: float
-    """Model FLOPs of this step on one device."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out loss after `step` steps, in nats per token over `tokens` labels."""
-
-    step: int
-    loss: float
-    perplexity: float
-    tokens: int
-    consumed_samples: int
-    seconds: float
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinity where that overflows."""
-    return math.exp(loss) if loss < 709.0 else math.inf
+from mka_megatron.training.progress import Display
+from mka_megatron.training.records import Evaluation, StepRecord, Window
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -117,36 +84,6 @@ class LossLog:
         self._file.close()
 
 
-class Window:
-    """Steps since the last log line, averaged; a skipped step counts for time and not for loss."""
-
-    def __init__(self) -> None:
-        self._records: list[StepRecord] = []
-
-    def add(self, record: StepRecord) -> None:
-        self._records.append(record)
-
-    def drain(self) -> dict[str, float] | None:
-        """Means over the window (loss, grad_norm, seconds, data_seconds, tokens_per_second, flops_per_second),
-        then empty it; None when it is empty."""
-        records, self._records = self._records, []
-        if not records:
-            return None
-        good = [record for record in records if not record.skipped]
-        seconds = sum(record.seconds for record in records)
-        count = len(records)
-        return {
-            "loss": sum(r.loss for r in good) / len(good) if good else math.nan,
-            "grad_norm": records[-1].grad_norm,
-            "learning_rate": records[-1].learning_rate,
-            "seconds": seconds / count,
-            "data_seconds": sum(r.data_seconds for r in records) / count,
-            "tokens_per_second": sum(r.processed for r in records) / seconds,
-            "flops_per_second": sum(r.flops for r in records) / seconds,
-            "skipped": float(count - len(good)),
-        }
-
-
 class Monitor:
     """Rank 0's books. `close` it at the end; metrics.json is rewritten by `save_metrics`."""
 
@@ -154,6 +91,7 @@ class Monitor:
         self,
         output_dir: Path,
         *,
+        display: Display,
         tensorboard: bool,
         resumed_step: int,
         global_batch_size: int,
@@ -163,6 +101,7 @@ class Monitor:
         """`peak_flops` in FLOP/s of one device; None leaves MFU out."""
         output_dir.mkdir(parents=True, exist_ok=True)
         self._output_dir = output_dir
+        self._display = display
         self._global_batch_size = global_batch_size
         self._devices = devices
         self._peak_flops = peak_flops
@@ -174,12 +113,12 @@ class Monitor:
             # Points of steps that a killed run did not save are hidden, so a resumed curve has no double part.
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
         self._window = Window()
-        self.evaluations = _previous_evaluations(output_dir / "metrics.json", resumed_step)
 
     def step(self, record: StepRecord) -> None:
         """Book one step."""
         self._losses.write(record)
         self._window.add(record)
+        self._display.advance(record.step, record.seconds)
 
     def log(
         self,
@@ -189,14 +128,12 @@ class Monitor:
         params_norm: float,
         memory: Mapping[str, float],
         gates: Sequence[tuple[Sequence[float], float]],
-    ) -> dict[str, float] | None:
+    ) -> dict[str, float]:
         """Write the scalars of the steps since the last call and return their means.
 
         `memory`: GiB by name; `gates`: (shares of the levels, entropy in nats) per gated layer.
         """
         means = self._window.drain()
-        if means is None:
-            return None
         tera = means["flops_per_second"] / 1e12
         scalars = {
             "lm loss": means["loss"],
@@ -220,11 +157,12 @@ class Monitor:
         scalars |= {f"memory/{name}(GiB)": value for name, value in memory.items()}
         scalars |= gate_scalars(gates)
         self._write(step, scalars)
+        self._display.train(step, means)
         return means
 
     def evaluation(self, result: Evaluation) -> None:
         """Book a held-out evaluation."""
-        self.evaluations.append(result)
+        self._display.evaluation(result)
         self._write(
             result.step, {"lm loss validation": result.loss, "lm loss validation ppl": result.perplexity}
         )
@@ -232,13 +170,27 @@ class Monitor:
             self._board.flush()
 
     def save_metrics(self, content: Mapping[str, Any]) -> Path:
-        """Write metrics.json: `content` and all evaluations so far."""
+        """Write metrics.json."""
         path = self._output_dir / "metrics.json"
-        write_json(path, {**content, "evaluations": [asdict(item) for item in self.evaluations]})
+        write_json(path, content)
         return path
 
+    def start(self, first_step: int) -> None:
+        """Training begins after `first_step` steps."""
+        self._display.start(first_step)
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        self._display.line(text)
+
+    def finish(self, title: str, rows: Sequence[tuple[str, str | None]]) -> None:
+        """Show the table at the end."""
+        self._display.close()
+        self._display.table(title, rows)
+
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, and end the bar."""
+        self._display.close()
         self._losses.close()
         if self._board is not None:
             self._board.close()
@@ -262,14 +214,3 @@ def gate_scalars(gates: Sequence[tuple[Sequence[float], float]]) -> dict[str, fl
         scalars[f"gate/mean l{level + 1} share"] = sum(shares[level] for shares, _ in gates) / len(gates)
     scalars["gate/mean entropy"] = sum(entropy for _, entropy in gates) / len(gates)
     return scalars
-
-
-def _previous_evaluations(path: Path, resumed_step: int) -> list[Evaluation]:
-    """Evaluations of the run that is resumed, up to the step it is resumed from."""
-    if not resumed_step or not path.exists():
-        return []
-    try:
-        entries = json.loads(path.read_text())["evaluations"]
-        return [Evaluation(**entry) for entry in entries if entry["step"] <= resumed_step]
-    except (ValueError, KeyError, TypeError):
-        return []  # another version's file: it is history, not state

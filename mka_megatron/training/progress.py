@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -18,24 +18,31 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mka_megatron.training.monitor import Evaluation, perplexity
+from mka_megatron.training.records import Evaluation, perplexity
 
 
-class ProgressDisplay:
-    """Rank 0's view of the run on `stream`. Context manager.
+_LOG_WIDTH = 100
+
+
+class Display:
+    """Rank 0's view of the run on `stream`; `close` it.
 
     On a terminal (and with `bar`), one live bar with the latest loss; lines above it for evaluations
     and checkpoints. Otherwise one timestamped line per call, so that a log file stays readable.
     """
 
-    def __init__(self, total_steps: int, first_step: int, *, bar: bool, stream: TextIO | None = None) -> None:
+    def __init__(self, total_steps: int, *, bar: bool, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._console = Console(file=self._stream, highlight=False)
         self._total = total_steps
+        self._wants_bar = bar and self._console.is_terminal
         self._seconds = 0.0
         self._steps_timed = 0
         self._bar: Progress | None = None
-        if bar and self._console.is_terminal:
+
+    def start(self, first_step: int) -> None:
+        """Training begins after `first_step` steps: show the bar from here on."""
+        if self._wants_bar:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -45,16 +52,14 @@ class ProgressDisplay:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("training", total=total_steps, completed=first_step, status="")
-
-    def __enter__(self) -> ProgressDisplay:
-        if self._bar is not None:
+            self._task = self._bar.add_task("training", total=self._total, completed=first_step, status="")
             self._bar.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the bar; lines can still be shown."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
     def advance(self, step: int, seconds: float) -> None:
         """One step, of `seconds`, is done."""
@@ -97,16 +102,14 @@ class ProgressDisplay:
         mean = self._seconds / max(1, self._steps_timed)
         return str(timedelta(seconds=round(mean * (self._total - step))))
 
-
-def print_summary(rows: Sequence[tuple[str, Any]], title: str, stream: TextIO | None = None) -> None:
-    """Print (name, value) rows as a table; rows whose value is None are left out."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column("what")
-    table.add_column("value", overflow="fold")
-    for name, value in rows:
-        if value is not None:
-            table.add_row(name, str(value))
-    console = Console(file=stream or sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = 100
-    console.print(table)
+    def table(self, title: str, rows: Sequence[tuple[str, str | None]]) -> None:
+        """Show (name, value) rows; those whose value is None are left out."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column("what")
+        table.add_column("value", overflow="fold")
+        for name, value in rows:
+            if value is not None:
+                table.add_row(name, value)
+        if not self._console.is_terminal:
+            self._console.width = _LOG_WIDTH
+        self._console.print(table)

@@ -29,5 +29,5 @@ def test_nothing_is_created_without_a_chosen_step(tmp_path) -> None:
 
 def test_memory_snapshots_without_cuda_are_refused() -> None:
     check((), torch.device("cpu"))
-    with pytest.raises(ConfigError, match="logging.memory_snapshot_steps.*leave the key empty"):
+    with pytest.raises(ConfigError, match=r"logging\.memory_snapshot_steps.*leave the key empty"):
         check((3,), torch.device("cpu"))

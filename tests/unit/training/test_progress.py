@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 
-from mka_megatron.training.monitor import Evaluation
-from mka_megatron.training.progress import ProgressDisplay, print_summary
+from mka_megatron.training.progress import Display
+from mka_megatron.training.records import Evaluation
 
 MEANS = {
     "loss": math.log(10.0),
@@ -22,11 +22,13 @@ MEANS = {
 
 def test_a_log_file_gets_lines_without_control_codes() -> None:
     stream = io.StringIO()
-    with ProgressDisplay(100, 0, bar=True, stream=stream) as display:
-        for step in range(1, 21):
-            display.advance(step, 3.0)
-        display.train(20, MEANS)
-        display.evaluation(Evaluation(20, 1.0, 2.718, 1000, 160, 0.5))
+    display = Display(100, bar=True, stream=stream)
+    display.start(0)
+    for step in range(1, 21):
+        display.advance(step, 3.0)
+    display.train(20, MEANS)
+    display.evaluation(Evaluation(20, 1.0, 2.718, 1000, 160, 0.5))
+    display.close()
     train, evaluation = stream.getvalue().splitlines()
     assert "step 20/100 | loss 2.3026 | ppl 10.00 | 12,345 tok/s" in train
     assert "ETA 0:04:00" in train
@@ -36,12 +38,12 @@ def test_a_log_file_gets_lines_without_control_codes() -> None:
 
 def test_skipped_steps_are_named() -> None:
     stream = io.StringIO()
-    display = ProgressDisplay(100, 0, bar=False, stream=stream)
+    display = Display(100, bar=False, stream=stream)
     display.train(20, {**MEANS, "skipped": 2.0})
     assert "skipped 2" in stream.getvalue()
 
 
 def test_the_summary_leaves_out_what_is_unknown() -> None:
     stream = io.StringIO()
-    print_summary([("held-out loss", "2.5"), ("MFU", None)], "run", stream)
+    Display(100, bar=False, stream=stream).table("run", [("held-out loss", "2.5"), ("MFU", None)])
     assert "held-out loss" in stream.getvalue() and "MFU" not in stream.getvalue()

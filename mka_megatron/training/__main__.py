@@ -1,0 +1,101 @@
+"""`python -m mka_megatron.training [CONFIG.yaml ...] [section.key=value ...]`, also under torchrun.
+
+Exit codes: 0 the run finished, or was interrupted and saved; 1 it failed; 2 the configuration, data or
+checkpoint is wrong, which one sentence on stderr says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+import warnings
+
+import yaml
+
+from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.load import load_config
+from mka_megatron.config.reference import help_text
+from mka_megatron.config.schema import Config
+
+_OPTIONS = """
+options:
+  --help, -h        this text
+  --print-config    print the merged configuration as YAML and exit
+
+Exit codes: 0 finished, or interrupted and saved; 1 failed; 2 wrong configuration, data or checkpoint.
+SIGTERM, SIGINT and SIGUSR1 finish the step, save a checkpoint and exit with 0; the same command goes on.
+"""
+_WAIT_FOR_RANK_0 = 10.0
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line `arguments`; returns the exit code."""
+    rank = int(os.environ.get("RANK", 0))
+    if {"--help", "-h"} & set(arguments):
+        if rank == 0:
+            print(help_text() + _OPTIONS)
+        return 0
+    try:
+        config = parse(arguments)
+    except ConfigError as error:
+        return refused(error, rank, 2)
+    if "--print-config" in arguments:
+        if rank == 0:
+            print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
+        return 0
+    return run(config, rank)
+
+
+def parse(arguments: list[str]) -> Config:
+    """The configuration that the arguments describe; raises ConfigError."""
+    paths, overrides = [], []
+    for argument in arguments:
+        if argument == "--print-config":
+            continue
+        if argument.startswith("-"):
+            raise ConfigError(f"{argument} is not an option; write section.key=value, or see --help.")
+        (overrides if "=" in argument else paths).append(argument)
+    return load_config(paths, overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def run(config: Config, rank: int) -> int:
+    """Train; returns the exit code."""
+    for ours_to_ignore in (".*[Aa]pex.*", ".*Transformer Engine.*", "full scope is deprecated.*"):
+        warnings.filterwarnings(
+            "ignore", message=ours_to_ignore
+        )  # Megatron, of what it does not find or need
+    from mka_megatron.data.batch import DataError
+    from mka_megatron.training.checkpoint import CheckpointError
+    from mka_megatron.training.engine import NonFiniteError
+    from mka_megatron.training.host import use_cores
+    from mka_megatron.training.loop import PeerFailedError, train
+
+    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    try:
+        train(config)
+    except (ConfigError, DataError, CheckpointError) as error:
+        return refused(error, rank, 2)
+    except NonFiniteError as error:
+        return refused(error, rank, 1)
+    except PeerFailedError:
+        time.sleep(_WAIT_FOR_RANK_0)
+        return 2
+    return 0
+
+
+def refused(error: Exception, rank: int, code: int) -> int:
+    """Say the error's sentence once; returns `code`.
+
+    Most are the same on every rank, and torchrun ends all ranks with the first: the others wait to be
+    ended, and speak only if rank 0 did not fail.
+    """
+    if rank:
+        time.sleep(_WAIT_FOR_RANK_0)
+    print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

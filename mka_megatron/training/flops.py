@@ -1,0 +1,139 @@
+"""Model FLOPs by attention variant, and the peak of known GPUs: pure functions of the configuration.
+
+Counted are the matrix multiplications (2 FLOPs per multiply-add): projections, MLP, gate, output
+layer and the two attention products over exactly the causal pairs. Not counted: embedding look-up,
+norms, RoPE, the O(S) memory scan and mix, softmax, and recomputation, so that utilisation is of the
+model's work. Backward is twice forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mka_megatron.attention.registry import VARIANTS
+from mka_megatron.config.schema import Config
+
+_MULTIPLY_ADD = 2
+_FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Forward FLOPs of one model: what a token costs, and what a (query, key) pair costs on top."""
+
+    per_token: int
+    per_pair: int
+
+    def forward(self, tokens: int, pairs: int) -> int:
+        """FLOPs of a forward pass over `tokens` tokens that attend over `pairs` (query, key) pairs."""
+        return tokens * self.per_token + pairs * self.per_pair
+
+    def training(self, tokens: int, pairs: int) -> int:
+        """FLOPs of forward and backward."""
+        return _FORWARD_AND_BACKWARD * self.forward(tokens, pairs)
+
+    def training_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs per token of one unbroken document of `sequence_length` tokens."""
+        pairs = causal_pairs([(0, 0, sequence_length)])
+        return self.training(sequence_length, pairs) / sequence_length
+
+
+def causal_pairs(spans: Iterable[tuple[int, int, int]]) -> int:
+    """(query, key) pairs of causal attention within documents given as (row, begin, end) tokens."""
+    return sum((end - begin) * (end - begin + 1) // 2 for _, begin, end in spans)
+
+
+def model_flops(config: Config, vocab_size: int) -> ModelFlops:
+    """Forward FLOPs of the configured model with an output layer of `vocab_size` rows."""
+    model = config.model
+    variant = VARIANTS[config.attention.variant]
+    if variant.projection == "latent":
+        projections, channels = _latent(config)
+    else:
+        projections, channels = _grouped(config, variant.kv_heads(model))
+    attention_passes = 1
+    if variant.gated:
+        levels = 1 + int(config.memory_hierarchy.l2.enabled)
+        projections += _gate(config, variant.kv_heads(model), levels)
+        attention_passes = levels if variant.attends_each_level else 1
+    mlp = 3 * model.hidden_size * model.ffn_hidden_size
+    weights = model.num_layers * (projections + mlp) + model.hidden_size * vocab_size
+    return ModelFlops(
+        per_token=_MULTIPLY_ADD * weights,
+        per_pair=_MULTIPLY_ADD * model.num_layers * attention_passes * channels,
+    )
+
+
+def _grouped(config: Config, kv_heads: int) -> tuple[int, int]:
+    """Projection weights of a layer, and channels of its two attention products, all heads together."""
+    model = config.model
+    query = model.num_attention_heads * model.head_dim
+    key_value = 2 * kv_heads * model.head_dim
+    return model.hidden_size * (2 * query + key_value), 2 * query
+
+
+def _latent(config: Config) -> tuple[int, int]:
+    """The same for latent KV: down- and up-projections through the ranks (DeepSeek-V2, section 2.1)."""
+    model, mla = config.model, config.attention.mla
+    heads = model.num_attention_heads
+    query_channels = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    value_channels = heads * mla.v_head_dim
+    if mla.q_lora_rank is None:
+        query = model.hidden_size * query_channels
+    else:
+        query = mla.q_lora_rank * (model.hidden_size + query_channels)
+    down = model.hidden_size * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    up = mla.kv_lora_rank * (heads * mla.qk_nope_head_dim + value_channels)
+    output = value_channels * model.hidden_size
+    return query + down + up + output, query_channels + value_channels
+
+
+def _gate(config: Config, kv_heads: int, levels: int) -> int:
+    """Weights of a layer's gate MLP: one over all heads (token), or one per KV head (group)."""
+    model, routing = config.model, config.routing
+    if routing.mode == "fixed":
+        return 0
+    copies = kv_heads if routing.scope == "group" else 1
+    if routing.gate_input == "x" and routing.scope == "token":
+        width = model.hidden_size
+    else:
+        width = model.num_attention_heads * model.head_dim // copies
+    return copies * routing.gate_hidden_size * (width + levels)
+
+
+# Dense bf16/fp16 tensor-core peaks in TFLOP/s, from the vendors' data sheets (without sparsity).
+# The first entry whose words are all in the device's name counts: particular names before general ones.
+_PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("H100 NVL", 835.5),
+    ("H100 PCIe", 756.5),
+    ("H100", 989.4),
+    ("H800", 989.4),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("A30", 165.0),
+    ("A10", 125.0),
+    ("L40S", 362.05),
+    ("L40", 181.05),
+    ("L4", 121.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("MI325X", 1307.4),
+    ("MI300X", 1307.4),
+    ("MI250X", 191.5),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of the GPU that `torch.cuda.get_device_name` names; None when unknown."""
+    words = device_name.upper().replace("-", " ").split()
+    for name, tera in _PEAK_TFLOPS:
+        if all(word in words for word in name.upper().split()):
+            return tera * 1e12
+    return None

@@ -1,0 +1,405 @@
+"""One training run: data, model, engine, resume, steps, evaluations, checkpoints, summary.
+
+Every rank runs the same code; rank 0 alone holds a Monitor and a display. The position in the data is
+`step * global_batch_size` consumed samples, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mka_megatron.config.errors import refuse
+from mka_megatron.config.schema import Config, TrainingConfig
+from mka_megatron.data.batch import Batch, DataError
+from mka_megatron.data.loader import Prefetcher, ValidBatches, train_batches, valid_batches
+from mka_megatron.data.ngram import bigram_nll
+from mka_megatron.data.prepare import prepare
+from mka_megatron.model.build import build_model
+from mka_megatron.parallel import groups
+from mka_megatron.parallel.groups import Topology
+from mka_megatron.training import checkpoint, profile
+from mka_megatron.training.engine import Engine, StepResult, construction_context
+from mka_megatron.training.flops import causal_pairs, model_flops, peak_flops
+from mka_megatron.training.host import memory_gib
+from mka_megatron.training.interrupt import Interrupt
+from mka_megatron.training.monitor import Monitor
+from mka_megatron.training.norms import parameter_count, parameter_norm
+from mka_megatron.training.progress import Display
+from mka_megatron.training.records import Evaluation, StepRecord, perplexity
+from mka_megatron.training.summary import Summary, Throughput, metrics, rows
+
+_PREPARATION_LIMIT = timedelta(days=2)
+_BIGRAM_TOKENS = 1_000_000_000  # minutes of counting
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class PeerFailedError(RuntimeError):
+    """Rank 0 failed at what the other ranks waited for; it says why."""
+
+
+def train(config: Config) -> Summary:
+    """Run `config` to its end, or to the step boundary after a signal.
+
+    Args:
+        config: a validated configuration.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the run cannot start; one sentence says what to change.
+        PeerFailedError: rank 0 raised one of these while this rank waited.
+        NonFiniteError: too many consecutive steps without a finite loss and gradient.
+    """
+    topology = groups.initialize(config.parallel, config.engine.timeout_seconds, config.training.seed)
+    try:
+        profile.check(config.logging.memory_snapshot_steps, topology.device)
+        return Run(config, topology).run()
+    finally:
+        groups.destroy()
+
+
+def rank_0_first(action: Callable[[], T], topology: Topology) -> T:
+    """`action()` on rank 0, then, if that went well, on every other rank.
+
+    Raises:
+        PeerFailedError: on the other ranks, where rank 0 raised.
+    """
+    if topology.world_size == 1:
+        return action()
+    group = dist.new_group(backend="gloo", timeout=_PREPARATION_LIMIT)
+    failure: Exception | None = None
+    if topology.rank == 0:
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+    failed = torch.tensor([failure is not None])
+    dist.broadcast(failed, src=0, group=group)
+    dist.destroy_process_group(group)
+    if failure is not None:
+        raise failure
+    if bool(failed):
+        raise PeerFailedError
+    return result if topology.rank == 0 else action()
+
+
+@dataclass
+class Tally:
+    """Training steps of this process so far."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    flops: float = 0.0
+
+    def add(self, record: StepRecord) -> None:
+        self.steps += 1
+        self.tokens += record.processed
+        self.seconds += record.seconds
+        self.data_seconds += record.data_seconds
+        self.flops += record.flops
+
+    def throughput(self) -> Throughput:
+        """The figures so far."""
+        return Throughput(self.steps, self.tokens, self.seconds, self.data_seconds, self.flops)
+
+
+def resume(engine: Engine, training: TrainingConfig) -> tuple[Path | None, dict[str, Any]]:
+    """Bring `engine` to the checkpoint that `training.resume` asks for; its path and state, (None, {}) without one.
+
+    Raises:
+        ConfigError: `none` in an output_dir that holds checkpoints.
+        CheckpointError: the one asked for cannot be loaded.
+    """
+    if training.resume == "none":
+        if any(Path(training.output_dir, "checkpoints").glob("step-*")):
+            raise refuse(
+                "training.resume",
+                "none",
+                f"{training.output_dir} holds checkpoints that the run would replace; "
+                "choose another training.output_dir, or auto to go on from them",
+            )
+        return None, {}
+    if training.resume == "auto":
+        found = checkpoint.newest_intact(training.output_dir)
+        return (found.path, checkpoint.load(engine, found)) if found else (None, {})
+    path = Path(training.resume)
+    return path, checkpoint.load(engine, path)
+
+
+class Run:
+    """The parts of a run, built in order by the constructor, and the loop over them."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.began = time.monotonic()
+        self.output_dir = Path(config.training.output_dir)
+        rank_0 = topology.rank == 0
+        # Agreement between hosts must not wait behind the device's stream.
+        self.host_group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        self.display = Display(config.training.steps, bar=config.logging.progress) if rank_0 else None
+        if self.display is not None:
+            self.display.line(f"preparing data in {config.data.cache_dir}")
+        bars = rank_0 and sys.stderr.isatty()
+        self.data = rank_0_first(
+            lambda: prepare(config.data, vocab_size=config.model.vocab_size, progress=bars), topology
+        )
+        self.valid = self._valid_batches(topology.dp_rank, topology.dp_size)
+        construction = construction_context(config, topology)
+        self.model = build_model(config, topology, self.data.vocab_size, construction)
+        self.parameters = parameter_count(self.model, topology)
+        self.engine = Engine(config, self.model, topology)
+        self.flops = model_flops(config, self.data.vocab_size)
+        self.peak_flops = device_peak(config, topology.device)
+        self.checkpoint, state = resume(self.engine, config.training)
+        self.first_step = self.engine.step
+        self.consumed_samples: int = state.get("consumed_samples", 0)
+        self.evaluations = [Evaluation(**entry) for entry in state.get("evaluations", [])]
+        self.tally = Tally()
+        self.train_loss: float | None = None
+        self.monitor = self._monitor(self.display) if self.display is not None else None
+
+    def run(self) -> Summary:
+        """All remaining steps, then the summary."""
+        try:
+            self._introduce()
+            signalled = self._train()
+            if signalled is None:
+                self._evaluate()
+            return self._finish(signalled)
+        finally:
+            if self.monitor is not None:
+                self.monitor.close()
+            self.engine.close()
+
+    def _train(self) -> signal.Signals | None:
+        """Steps up to the last, or to the boundary after a signal, which is returned."""
+        training, report = self.config.training, self.config.logging
+        with Interrupt(self.host_group) as interrupt, self._train_batches() as batches:
+            while self.engine.step < training.steps:
+                step = self.engine.step + 1
+                began = time.perf_counter()
+                micro_batches = next(batches)
+                fetched = time.perf_counter()
+                with profile.step_profile(
+                    step,
+                    report.profile_steps,
+                    report.memory_snapshot_steps,
+                    self.output_dir / "profile",
+                    self.topology.rank,
+                ):
+                    result = self.engine.train_step(micro_batches)
+                self._book(result, micro_batches, time.perf_counter() - began, fetched - began)
+                self.consumed_samples += training.global_batch_size
+                last = step == training.steps
+                signalled = interrupt.agreed()
+                if signalled or last or step % report.interval == 0:
+                    self._log(result)
+                if not signalled and (last or due(step, training.eval_interval)):
+                    self._evaluate()
+                    signalled = interrupt.agreed()
+                if signalled or last or due(step, training.save_interval):
+                    self._save()
+                if signalled and not last:
+                    return signalled
+        return None
+
+    def _book(
+        self, result: StepResult, batches: Sequence[Batch], seconds: float, data_seconds: float
+    ) -> None:
+        config = self.config
+        tokens = sum(end - begin for batch in batches for _, begin, end in batch.documents.spans)
+        pairs = sum(causal_pairs(batch.documents.spans) for batch in batches)
+        record = StepRecord(
+            step=self.engine.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            tokens=result.tokens,
+            processed=config.training.global_batch_size * config.data.sequence_length,
+            skipped=result.skipped,
+            seconds=seconds,
+            data_seconds=data_seconds,
+            flops=self.flops.training(tokens, pairs) / self.topology.tp_size,
+        )
+        self.tally.add(record)
+        if self.monitor is not None:
+            self.monitor.step(record)
+
+    def _log(self, result: StepResult) -> None:
+        norm = parameter_norm(self.model, self.topology)
+        if self.monitor is not None:
+            gates = [(shares.tolist(), float(entropy)) for shares, entropy in self.model.route_statistics()]
+            means = self.monitor.log(
+                self.engine.step,
+                loss_scale=result.loss_scale,
+                params_norm=norm,
+                memory=memory_gib(self.topology.device),
+                gates=gates,
+            )
+            self.train_loss = means["loss"]
+
+    def _evaluate(self) -> None:
+        if not self.data.valid or (self.evaluations and self.evaluations[-1].step == self.engine.step):
+            return
+        began = time.perf_counter()
+        result = self.engine.evaluate(self.valid)
+        evaluation = Evaluation(
+            step=self.engine.step,
+            loss=result.loss,
+            perplexity=perplexity(result.loss),
+            tokens=result.tokens,
+            consumed_samples=self.consumed_samples,
+            seconds=time.perf_counter() - began,
+        )
+        self.evaluations.append(evaluation)
+        if self.monitor is not None:
+            self.monitor.evaluation(evaluation)
+            self.monitor.save_metrics(
+                metrics(self._summary(None, None, self._peak()), self.config, self.peak_flops)
+            )
+
+    def _save(self) -> None:
+        step = self.engine.step
+        state = {
+            "consumed_samples": self.consumed_samples,
+            "evaluations": [asdict(item) for item in self.evaluations],
+        }
+        self.checkpoint = checkpoint.save(
+            self.engine, self.output_dir, step, state, self.config.training.keep_last
+        )
+        if self.monitor is not None:
+            self.monitor.say(f"step {step}/{self.config.training.steps} | saved {self.checkpoint}")
+
+    def _finish(self, signalled: signal.Signals | None) -> Summary:
+        peak = torch.tensor(self._peak(), dtype=torch.float64)
+        if self.host_group is not None:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.host_group)
+        bigram = self._bigram() if self.monitor is not None and signalled is None else None
+        summary = self._summary(signalled, bigram, float(peak))
+        if self.monitor is not None:
+            self.monitor.save_metrics(metrics(summary, self.config, self.peak_flops))
+            title = f"{self.config.attention.variant}, {self.output_dir}"
+            self.monitor.finish(title, rows(summary))
+            if signalled is not None:
+                self.monitor.say(
+                    f"interrupted by {signalled.name} at step {summary.step}, "
+                    f"saved {self.checkpoint}; the same command resumes it"
+                )
+        return summary
+
+    def _bigram(self) -> float | None:
+        """Nats per token of the bigram model; None where there is nothing to count or far too much."""
+        tokens = sum(corpus.tokens for corpus in self.data.train)
+        if not self.data.valid or tokens > _BIGRAM_TOKENS:
+            return None
+        try:
+            return bigram_nll(self.data.train, self._valid_batches(0, 1), self.data.vocab_size)
+        except DataError as error:
+            log.warning("no bigram baseline: %s", error)
+            return None
+
+    def _peak(self) -> float:
+        return max(memory_gib(self.topology.device).values())
+
+    def _summary(
+        self, signalled: signal.Signals | None, bigram_loss: float | None, peak_memory_gib: float
+    ) -> Summary:
+        return Summary(
+            step=self.engine.step,
+            interrupted=signalled.name if signalled else None,
+            resumed_from=self.first_step or None,
+            train_loss=self.train_loss,
+            evaluations=tuple(self.evaluations),
+            bigram_loss=bigram_loss,
+            parameters=self.parameters,
+            peak_memory_gib=peak_memory_gib,
+            throughput=self.tally.throughput(),
+            wall_seconds=time.monotonic() - self.began,
+            checkpoint=str(self.checkpoint) if self.checkpoint else None,
+            metrics=str(self.output_dir / "metrics.json"),
+        )
+
+    def _introduce(self) -> None:
+        if self.monitor is None:
+            return
+        config, topology = self.config, self.topology
+        per_token = self.flops.training_per_token(config.data.sequence_length)
+        self.monitor.say(
+            f"{config.attention.variant}: {self.parameters:,} parameters, {per_token / 1e6:,.1f} MFLOP per token; "
+            f"{topology.world_size} ranks on {topology.device.type} (tensor {topology.tp_size} x data {topology.dp_size}), "
+            f"{torch.get_num_threads()} threads each; ZeRO {config.engine.zero_stage}, {self.engine.optimizer_name}, "
+            f"{config.training.precision}"
+        )
+        self.monitor.say(
+            f"data: {sum(corpus.tokens for corpus in self.data.train):,} training tokens, "
+            f"{sum(corpus.tokens for corpus in self.data.valid):,} held out, vocabulary {self.data.vocab_size:,}"
+        )
+        if self.first_step:
+            self.monitor.say(f"resumed from {self.checkpoint} at step {self.first_step}")
+        self.monitor.start(self.first_step)
+
+    def _monitor(self, display: Display) -> Monitor:
+        config = self.config
+        return Monitor(
+            self.output_dir,
+            display=display,
+            tensorboard=config.logging.tensorboard,
+            resumed_step=self.first_step,
+            global_batch_size=config.training.global_batch_size,
+            devices=self.topology.world_size,
+            peak_flops=self.peak_flops,
+        )
+
+    def _train_batches(self) -> Prefetcher[tuple[Batch, ...]]:
+        config, topology = self.config, self.topology
+        return train_batches(
+            self.data.train,
+            self.data.weights,
+            config.data,
+            chunk_size=config.memory_hierarchy.l1.chunk_size,
+            seed=config.training.seed,
+            consumed_samples=self.consumed_samples,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            dp_rank=topology.dp_rank,
+            dp_size=topology.dp_size,
+        )
+
+    def _valid_batches(self, dp_rank: int, dp_size: int) -> ValidBatches:
+        config = self.config
+        return valid_batches(
+            self.data.valid,
+            config.data,
+            chunk_size=config.memory_hierarchy.l1.chunk_size,
+            eval_batches=config.training.eval_batches,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+        )
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something done every `interval` steps (0: never) is done after `step`."""
+    return interval > 0 and step % interval == 0
+
+
+def device_peak(config: Config, device: torch.device) -> float | None:
+    """Peak FLOP/s that utilisation is measured against; None on a CPU, in fp32, or for an unknown GPU."""
+    if device.type != "cuda" or config.training.precision == "fp32":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device))

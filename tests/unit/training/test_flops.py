@@ -1,0 +1,115 @@
+"""FLOPs against numbers worked out by hand from published shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mka_megatron.config.schema import (
+    AttentionConfig,
+    Config,
+    L2Config,
+    MemoryConfig,
+    MLAConfig,
+    ModelConfig,
+    RoutingConfig,
+)
+from mka_megatron.training.flops import ModelFlops, causal_pairs, model_flops, peak_flops
+
+QWEN25_7B = ModelConfig(
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    tie_embeddings=False,
+)
+# Per layer: q and o 3584x3584 each, k and v 3584x512 each, gate, up and down 3584x18944 each; the output layer once.
+QWEN25_7B_WEIGHTS = 28 * (2 * 12_845_056 + 2 * 1_835_008 + 3 * 67_895_296) + 544_997_376
+
+
+def qwen(variant: str, **sections) -> ModelFlops:
+    attention = AttentionConfig(variant=variant)  # type: ignore[arg-type]
+    return model_flops(Config(model=QWEN25_7B, attention=attention, **sections), vocab_size=152_064)
+
+
+def test_qwen25_7b_is_six_n_plus_attention() -> None:
+    assert QWEN25_7B_WEIGHTS == 7_070_285_824
+    flops = qwen("gqa")
+    assert flops.per_token == 2 * QWEN25_7B_WEIGHTS
+    assert flops.per_pair == 28 * 2 * 2 * 3584  # QK^T and PV, 28 heads of 128, 28 layers
+    # 4096 tokens: 6 * 7,070,285,824 + 3 * 401,408 * 4097 / 2
+    assert flops.training_per_token(4096) == 42_421_714_944 + 2_466_852_864
+
+
+def test_other_kv_head_counts_change_only_k_and_v() -> None:
+    key_value = 28 * 2 * 3584 * 128
+    assert qwen("mha").per_token == 2 * (QWEN25_7B_WEIGHTS + (28 - 4) * key_value)
+    assert qwen("mqa").per_token == 2 * (QWEN25_7B_WEIGHTS - (4 - 1) * key_value)
+    assert qwen("mha").per_pair == qwen("mqa").per_pair == qwen("gqa").per_pair
+
+
+def test_fastmka_adds_its_gate_and_no_attention() -> None:
+    gate = 28 * (3584 * 64 + 64 * 2)
+    assert qwen("fastmka").per_token == 2 * (QWEN25_7B_WEIGHTS + gate)
+    assert qwen("fastmka").per_pair == qwen("gqa").per_pair
+
+
+def test_mka_attends_each_level() -> None:
+    assert qwen("mka").per_token == qwen("fastmka").per_token
+    assert qwen("mka").per_pair == 2 * qwen("gqa").per_pair
+    only_tokens = MemoryConfig(l2=L2Config(enabled=False))
+    assert qwen("mka", memory_hierarchy=only_tokens).per_pair == qwen("gqa").per_pair
+
+
+def test_group_gates_read_their_own_heads() -> None:
+    gate = 28 * 4 * (7 * 128 * 64 + 64 * 2)
+    flops = qwen("fastmka", routing=RoutingConfig(scope="group"))
+    assert flops.per_token == 2 * (QWEN25_7B_WEIGHTS + gate)
+
+
+def test_latent_ranks() -> None:
+    # DeepSeek-V2-Lite's attention: hidden 2048, 16 heads, kv rank 512, 128 + 64 query channels, 128 value channels.
+    model = ModelConfig(
+        num_layers=1, hidden_size=2048, ffn_hidden_size=1, num_attention_heads=16, num_kv_heads=16
+    )
+    mla = MLAConfig(
+        q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+    )
+    config = Config(model=model, attention=AttentionConfig(variant="mla", mla=mla))
+    query, down, up, out = 2048 * 3072, 2048 * 576, 512 * (2048 + 2048), 2048 * 2048
+    flops = model_flops(config, vocab_size=1)
+    assert flops.per_token == 2 * (query + down + up + out + 3 * 2048 + 2048)
+    assert flops.per_pair == 2 * (16 * 192 + 16 * 128)
+    ranked = replace(config, attention=replace(config.attention, mla=replace(mla, q_lora_rank=1536)))
+    assert model_flops(ranked, 1).per_token - flops.per_token == 2 * (2048 * 1536 + 1536 * 3072 - query)
+
+
+def test_pairs_are_counted_within_documents() -> None:
+    assert causal_pairs([(0, 0, 4)]) == 10
+    assert causal_pairs([(0, 0, 3), (0, 3, 4), (1, 0, 4)]) == 6 + 1 + 10
+    assert ModelFlops(per_token=5, per_pair=7).training(tokens=4, pairs=10) == 3 * (20 + 70)
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A40", 149.7),
+    ],
+)
+def test_known_peaks(name: str, tera: float) -> None:
+    assert peak_flops(name) == tera * 1e12
+
+
+def test_unknown_devices_have_no_peak() -> None:
+    assert peak_flops("NVIDIA GeForce GTX 1080") is None
+    assert peak_flops("cpu") is None
