@@ -1,9 +1,9 @@
-"""Every patch that Megatron-core needs on a host without CUDA, and nothing else.
+"""Every patch that Megatron-core and DeepSpeed need on a host without CUDA, and nothing else.
 
 Megatron asks CUDA for its current device (buffers of the tensor-parallel collectives) and for its
 RNG state (sequence-parallel embedding, activation recomputation). On CPU the device is "cpu" and
 the state is the CPU generator's. No CUDA run imports a patched function: `patch_megatron` is called
-by `groups.initialize` only where `torch.cuda.is_available()` is false.
+by `groups.initialize`, `patch_deepspeed` by the engine, only where `torch.cuda.is_available()` is false.
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ def patch_megatron() -> None:
     torch.cuda.current_device = current_device  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = get_rng_state
     megatron_random._set_cuda_rng_state = set_rng_state
+
+
+def patch_deepspeed() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective when it starts up; safe to call again.
+
+    Only inference uses that collective, and compiling it needs Python's headers, which a host may lack.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def seed_rng_tracker(seed: int, tp_rank: int) -> None:

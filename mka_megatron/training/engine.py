@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import Config
 from mka_megatron.data.batch import IGNORE, Batch
+from mka_megatron.parallel.cpu_host import patch_deepspeed
 from mka_megatron.parallel.groups import MegatronMPU, Topology
 from mka_megatron.training import deepspeed_config
 from mka_megatron.training.optimizer import build_optimizer
@@ -71,6 +72,8 @@ def construction_context(config: Config, topology: Topology) -> AbstractContextM
     """The context to build the model in: ZeRO-3 partitions each module as it appears; None otherwise."""
     if config.engine.zero_stage != 3:
         return None
+    if topology.device.type == "cpu":
+        patch_deepspeed()
     return deepspeed.zero.Init(
         config_dict_or_path=deepspeed_config.build(config, topology.dp_size, topology.device.type == "cuda"),
         data_parallel_group=MegatronMPU(topology).get_sequence_data_parallel_group(),
@@ -212,6 +215,8 @@ class Engine:
 
 
 def _initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology) -> Any:
+    if topology.device.type == "cpu":
+        patch_deepspeed()
     dictionary = deepspeed_config.build(config, topology.dp_size, topology.device.type == "cuda")
     chatter = io.StringIO()
     try:
