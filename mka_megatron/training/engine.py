@@ -74,6 +74,8 @@ def construction_context(config: Config, topology: Topology) -> AbstractContextM
         return None
     if topology.device.type == "cpu":
         patch_deepspeed()
+    # zero.Init reads the world from DeepSpeed's own handle on torch.distributed
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
     return deepspeed.zero.Init(
         config_dict_or_path=deepspeed_config.build(config, topology.dp_size, topology.device.type == "cuda"),
         data_parallel_group=MegatronMPU(topology).get_sequence_data_parallel_group(),
