@@ -29,6 +29,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+TOKENS = torch.randint(0, SHAPE["vocab_size"], (2, 96), generator=torch.Generator().manual_seed(3))
 FAMILIES = ("qwen2", "qwen2-tied", "qwen2-yarn", "qwen3", "llama", "llama-tied")
 
 

@@ -12,9 +12,7 @@ from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.load import load_config
 from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
-from tests.helpers.hf_checkpoints import FAMILIES, SHAPE, random_model, save
-
-TOKENS = torch.randint(0, SHAPE["vocab_size"], (2, 96), generator=torch.Generator().manual_seed(3))
+from tests.helpers.hf_checkpoints import FAMILIES, SHAPE, TOKENS, random_model, save
 
 
 def import_model(directory, topology, *overrides):

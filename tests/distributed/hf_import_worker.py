@@ -1,0 +1,44 @@
+"""Worker: import every Hugging Face directory at this world's layout; rank 0 writes the logits.
+
+python -m torch.distributed.run --nproc_per_node=N hf_import_worker.py DIRECTORIES.json OUT.safetensors [key=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from safetensors.torch import save_file
+
+from mka_megatron.config.load import load_config
+from mka_megatron.memory.documents import Documents
+from mka_megatron.model.build import build_model
+from mka_megatron.parallel import groups
+from mka_megatron.training.engine import Engine, construction_context
+from tests.helpers.hf_checkpoints import TOKENS
+
+
+def main(directories: dict[str, str], out: str, overrides: list[str]) -> None:
+    logits: dict[str, torch.Tensor] = {}
+    topology = None
+    for name, directory in directories.items():
+        config = load_config(
+            [],
+            [f"model.init_from={directory}", "attention.variant=gqa", f"data.sequence_length={TOKENS.shape[1]}", *overrides],
+        )
+        topology = topology or groups.initialize(config.parallel)
+        model = build_model(config, topology, config.model.vocab_size, construction_context(config, topology))
+        engine = Engine(config, model, topology)
+        model.eval()
+        with torch.no_grad():
+            logits[name] = engine.deepspeed(TOKENS, Documents.whole(*TOKENS.shape)).contiguous()
+        engine.close()
+    if topology.rank == 0:
+        save_file(logits, out)
+    groups.destroy()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        main(json.load(file), sys.argv[2], sys.argv[3:])
