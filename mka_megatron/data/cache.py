@@ -47,7 +47,7 @@ def publish(final: Path, build: Callable[[Path], None]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"{field}: the disk is full; free space or choose another directory") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
             raise DataError(
                 f"{field}: cannot be written ({error.strerror}); choose another directory"
             ) from None
