@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -14,7 +11,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [B, S, n, d] floating point. Channels beyond r pass unchanged.
-        cos, sin: [B, S, r] with r even and at most d, taken to x's dtype first; they get no gradient.
+        cos, sin: [B, S, r] with r even and at most d; taken to x's dtype first.
 
     Returns:
         [B, S, n, d], dtype of x. Raises ValueError for an odd r or one above d.
@@ -24,35 +21,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(
             f"rotary tables have {rotated} channels, heads {x.shape[-1]}: give an even number, at most that."
         )
-    # [B, S, r] -> [B, S, 1, r]
-    return _Rotate.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        first, second = sin.chunk(2, dim=-1)
-        # the transpose of the rotation
-        return _rotate(grad, cos, torch.cat((-second, -first), dim=-1)), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned, passed = x.tensor_split((cos.shape[-1],), dim=-1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out_turned, out_passed = out.tensor_split((cos.shape[-1],), dim=-1)
-    out_passed.copy_(passed)
-    torch.mul(turned, cos, out=out_turned)
-    low, high = turned.chunk(2, dim=-1)
-    out_low, out_high = out_turned.chunk(2, dim=-1)
-    sin_low, sin_high = sin.chunk(2, dim=-1)
-    # a separate product, then the sum: a fused multiply-add would round otherwise than Hugging Face's
-    out_low.sub_(high * sin_low)
-    out_high.add_(low * sin_high)
-    return out
+    if rotated < x.shape[-1]:
+        turned, passed = x.tensor_split((rotated,), dim=-1)
+        return torch.cat((apply_rope(turned, cos, sin), passed), dim=-1)
+    low, high = x.chunk(2, dim=-1)
+    sin_low, sin_high = sin.to(x.dtype).chunk(2, dim=-1)
+    # the sign goes to the small table instead of x; [B, S, r] -> [B, S, 1, r]
+    signed = torch.cat((-sin_low, sin_high), dim=-1)[:, :, None]
+    return x * cos.to(x.dtype)[:, :, None] + torch.cat((high, low), dim=-1) * signed

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,8 @@ class Documents:
     """[B, S] int64: a token's place in its document; 0 on padding."""
     spans: tuple[tuple[int, int, int], ...]
     """(row, begin, end) of every document's tokens, ascending, padding excluded."""
+
+    _derived: dict[Callable[[Documents], Any], Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def from_starts(starts: Tensor, padding: Tensor | None = None) -> Documents:
@@ -79,6 +85,12 @@ class Documents:
 
         padding = None if self.padding is None else move(self.padding)
         return Documents(move(self.starts), padding, move(self.positions), self.spans)
+
+    def once(self, build: Callable[[Documents], T]) -> T:
+        """build(self), computed on the first call and then kept: every layer plans over the same documents."""
+        if build not in self._derived:
+            self._derived[build] = build(self)
+        return self._derived[build]
 
     @property
     def packed(self) -> bool:
