@@ -50,13 +50,17 @@ class Route(nn.Module):
             else:
                 self.register_parameter(name, logits)
 
-    def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> RouteInputs:
-        """Raw local queries and the layer input -> batch-major gate logits, blend and decays (fp32)."""
+    def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Raw local queries and the layer input -> RouteInputs' fields: batch-major logits, blend, decays (fp32).
+
+        A tuple, because ZeRO-3 finds the tensors of a module's output in tuples only, and has to gather this
+        module's parameters again before their gradients arrive.
+        """
         decay_k, decay_v = (
             None if logits is None else logits.float().sigmoid() for logits in (self.decay_k, self.decay_v)
         )
         logits = self.gate(q_SBHd, x_SBh).transpose(0, 1)
-        return RouteInputs(logits=logits, beta=self.beta.float(), decay_k=decay_k, decay_v=decay_v)
+        return logits, self.beta.float(), decay_k, decay_v
 
 
 class VariantCore(nn.Module):
@@ -92,8 +96,7 @@ class VariantCore(nn.Module):
 
         arguments = [t.transpose(0, 1) for t in (q_SBHd, k_SBGd, v_SBGd)]
         if self.route is not None:
-            route = self.route(q_SBHd, x_SBh)
-            arguments += [route.logits, route.beta, route.decay_k, route.decay_v]
+            arguments += self.route(q_SBHd, x_SBh)
         if self.recompute and self.training and torch.is_grad_enabled():
             out, weights = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
