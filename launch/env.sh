@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Sourced by the launch scripts and by CI: makes the virtual environment, installs the pinned packages and
+# builds DeepSpeed's I/O operators ahead of the run. Everything is skipped when it is already there.
+#
+#   VENV    where the environment lives (default: .venv beside this repository's README)
+#   PYTHON  the interpreter to make it from (default: python3)
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${VENV:-$ROOT/.venv}"
+# A directory of our own for just-in-time builds: while we hold its lock, a lock file in it is a leftover.
+export TORCH_EXTENSIONS_DIR="$VENV/torch_extensions"
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 DEBIAN_FRONTEND=noninteractive
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "$*"; exit 1; }
+
+# apt_install PACKAGE...: true when root could install them.
+apt_install() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+    say "Installing system packages: $*"
+    { timeout 300 apt-get -o Acquire::Retries=1 -o Acquire::http::Timeout=30 update &&
+        timeout 600 apt-get install -y --no-install-recommends "$@"; } </dev/null >"$VENV.apt.log" 2>&1 &&
+        rm -f "$VENV.apt.log"
+}
+
+make_venv() {
+    [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return
+    local python="${PYTHON:-python3}"
+    command -v "$python" >/dev/null || fail "There is no $python; install Python 3.10 or newer, or name one with PYTHON=."
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$python is older than Python 3.10; name a newer one with PYTHON=."
+    say "Making the virtual environment $VENV"
+    "$python" -m venv --clear "$VENV" >/dev/null 2>&1 && return
+    apt_install python3-venv && "$python" -m venv --clear "$VENV" >/dev/null 2>&1 && return
+    rm -rf "$VENV"
+    fail "$python cannot make a virtual environment; install its venv module (Debian and Ubuntu: python3-venv)."
+}
+
+install_packages() {
+    local stamp="$VENV/installed.sha256" wanted
+    wanted="$(cat "$ROOT/constraints.txt" "$ROOT/pyproject.toml" <(printf '%s' "$ROOT") | sha256sum)"
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
+    say "Installing the pinned packages (a few minutes the first time)"
+    local pip=("$VENV/bin/python" -m pip install -q -c "$ROOT/constraints.txt")
+    # torch first, so that a build of that version which is already there or preferred by pip's settings stays
+    "${pip[@]}" "$(grep '^torch==' "$ROOT/constraints.txt")" setuptools ninja ||
+        fail "pip could not install torch and setuptools; the message above says why."
+    "${pip[@]}" --no-build-isolation -e "$ROOT[test]" ||
+        fail "pip could not install the pinned packages; the message above says why."
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+python_header() { [ -f "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ]; }
+
+libaio() { printf '#include <libaio.h>\nint main() { return 0; }\n' | g++ -x c++ - -laio -o /dev/null 2>/dev/null; }
+
+# The operators that training can use: asynchronous I/O for NVMe offload, and the fused optimizer on a GPU.
+build_operators() {
+    local state="$VENV/operators" reason=""
+    [ -f "$state" ] && [ "$(cat "$state")" = built ] && return
+    if ! command -v g++ >/dev/null; then
+        reason="g++ is missing"
+    elif ! { libaio && python_header; }; then
+        local packages=()
+        libaio || packages+=(libaio-dev)
+        python_header || packages+=(python3-dev)
+        if [ -f "$state" ] || ! apt_install "${packages[@]}" || ! libaio || ! python_header; then
+            reason="${packages[*]} is missing"
+        fi
+    fi
+    if [ -z "$reason" ]; then
+        say "Building DeepSpeed's operators (a minute or two the first time)"
+        build_operators_now || reason="DeepSpeed's operators do not compile here, see $VENV/operators.log"
+    fi
+    if [ -n "$reason" ]; then
+        printf 'unavailable\n' >"$state"
+        say "NVMe offload is unavailable ($reason); everything else works."
+    else
+        printf 'built\n' >"$state"
+    fi
+}
+
+build_operators_now() {
+    (
+        flock 9
+        find "$TORCH_EXTENSIONS_DIR" -maxdepth 3 -name lock -delete 2>/dev/null || true
+        PATH="$VENV/bin:$PATH" MAX_JOBS="$(nproc)" timeout 1800 "$VENV/bin/python" - >"$VENV/operators.log" 2>&1 <<'PYTHON'
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+AsyncIOBuilder().load()
+if torch.cuda.is_available():
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is not None:
+        from deepspeed.ops.op_builder import FusedAdamBuilder
+
+        FusedAdamBuilder().load()
+PYTHON
+    ) 9>"$VENV/operators.lock"
+}
+
+make_environment() {
+    make_venv
+    install_packages
+    build_operators
+    export PATH="$VENV/bin:$PATH"  # ninja, for what is still built just in time
+}
