@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,11 +22,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with
 from mka_megatron.config.load import load_config
 from mka_megatron.config.schema import Config
 from mka_megatron.data.batch import Batch
-from mka_megatron.data.loader import train_batches
-from mka_megatron.data.prepare import prepare
+from mka_megatron.data.loader import Prefetcher, train_batches
+from mka_megatron.data.prepare import Prepared, prepare
 from mka_megatron.model.build import build_model, padded_vocab_size
 from mka_megatron.parallel import groups
-from mka_megatron.parallel.groups import Topology
 from mka_megatron.training.engine import Engine, construction_context
 from mka_megatron.training.host import use_cores
 
@@ -59,8 +58,8 @@ def measure(arguments: list[str], steps: int, warmup: int) -> dict:
     configs = {name: load_config(paths, [*overrides, f"attention.variant={name}"], world_size=1) for name in ("gqa", "fastmka")}
     config = configs["gqa"]
     topology = groups.initialize(config.parallel)
-    data = prepare(config)
-    contenders: dict[str, Callable[[list[Batch]], object]] = {}
+    data = prepare(config.data, vocab_size=config.model.vocab_size)
+    contenders: dict[str, Callable[[Sequence[Batch]], object]] = {}
     parameters: dict[str, int] = {}
     for name, variant in configs.items():
         model = build_model(variant, topology, data.vocab_size, construction_context(variant, topology))
@@ -70,12 +69,13 @@ def measure(arguments: list[str], steps: int, warmup: int) -> dict:
     parameters["huggingface"] = sum(p.numel() for p in plain.parameters())
     contenders["huggingface"] = huggingface_step(plain, config)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn, batches in zip(range(warmup + steps), train_batches(config, data, topology), strict=False):
-        for name, step in contenders.items():
-            began = time.perf_counter()
-            step(batches)
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+    with batches_of(config, data) as stream:
+        for turn, batches in zip(range(warmup + steps), stream, strict=False):
+            for name, step in contenders.items():
+                began = time.perf_counter()
+                step(batches)
+                if turn >= warmup:
+                    seconds[name].append(time.perf_counter() - began)
     groups.destroy()
     return {
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
@@ -85,6 +85,15 @@ def measure(arguments: list[str], steps: int, warmup: int) -> dict:
         "parameters": parameters,
         "all_seconds": seconds,
     }
+
+
+def batches_of(config: Config, data: Prepared) -> Prefetcher[tuple[Batch, ...]]:
+    """The training batches that a run of `config` on one rank would see."""
+    return train_batches(
+        data.train, data.weights, config.data, chunk_size=config.memory_hierarchy.l1.chunk_size,
+        seed=config.training.seed, consumed_samples=0, global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size, dp_rank=0, dp_size=1,
+    )
 
 
 def huggingface_model(config: Config, vocab_size: int) -> Qwen2ForCausalLM:
@@ -105,7 +114,7 @@ def huggingface_model(config: Config, vocab_size: int) -> Qwen2ForCausalLM:
     )
 
 
-def huggingface_step(model: Qwen2ForCausalLM, config: Config) -> Callable[[list[Batch]], float]:
+def huggingface_step(model: Qwen2ForCausalLM, config: Config) -> Callable[[Sequence[Batch]], float]:
     """One step of the loop that transformers' Trainer runs: loss, backward, clip, AdamW, schedule."""
     training = config.training
     optimizer = torch.optim.AdamW(
@@ -114,7 +123,7 @@ def huggingface_step(model: Qwen2ForCausalLM, config: Config) -> Callable[[list[
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, training.warmup_steps, training.steps)
 
-    def step(batches: list[Batch]) -> float:
+    def step(batches: Sequence[Batch]) -> float:
         total = 0.0
         for batch in batches:
             # labels are shifted already: `shift_labels` keeps transformers from shifting them again

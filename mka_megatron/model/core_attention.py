@@ -6,6 +6,8 @@ raw queries, keys and values, because fusion comes before q/k-norm and RoPE.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +29,9 @@ from mka_megatron.parallel.replicated import mark_partial
 
 class Route(nn.Module):
     """The learned part of a gated variant: gate MLP, blend beta, summary decays (stored as logits)."""
+
+    decay_k: Tensor | None
+    decay_v: Tensor | None
 
     def __init__(self, config: Config, count: int, tp_group: dist.ProcessGroup, dtype: torch.dtype):
         super().__init__()
@@ -74,8 +79,7 @@ class VariantCore(nn.Module):
         self.recompute = config.training.recompute == "selective"
         count = variant.levels(config)
         self.route = Route(config, count, tp_group, transformer.params_dtype) if count > 1 else None
-        self.last_shares: Tensor | None = None
-        self.last_entropy: Tensor | None = None
+        self.statistics: tuple[Tensor, Tensor] | None = None
 
     def forward(self, q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, x_SBh: Tensor, inputs: AttentionInputs,
                 q_norm: nn.Module | None, k_norm: nn.Module | None) -> Tensor:
@@ -88,7 +92,7 @@ class VariantCore(nn.Module):
         def finish_k(k: Tensor) -> Tensor:
             return apply_rope(k if k_norm is None else k_norm(k), cos, sin)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *route: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, *route: Any) -> tuple[Tensor, Tensor | None]:
             return self.variant.attend(
                 q, k, v, finish=Finish(finish_q, finish_k), route=RouteInputs(*route) if route else None,
                 documents=inputs.documents, scale=self.scale, config=self.config,
@@ -107,5 +111,4 @@ class VariantCore(nn.Module):
         return out.transpose(0, 1).flatten(2)
 
     def _record(self, weights: Tensor) -> None:
-        self.last_shares = weights.flatten(0, -2).mean(0)
-        self.last_entropy = route_entropy(weights).mean()
+        self.statistics = weights.flatten(0, -2).mean(0), route_entropy(weights).mean()

@@ -34,7 +34,7 @@ class GPT(GPTModel):
         self.real_vocab_size = vocab_size
         self.rope = rope
 
-    def forward(self, tokens: Tensor, documents: Documents, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, documents: Documents, labels: Tensor | None = None) -> Tensor:
         """Per-token loss, or logits where no labels are given.
 
         Args:
@@ -76,4 +76,4 @@ class GPT(GPTModel):
     def route_statistics(self) -> list[tuple[Tensor, Tensor]]:
         """Per gated layer, of the last forward: (mean share of each level [L], mean entropy in nats), detached."""
         cores = [module for module in self.modules() if isinstance(module, VariantCore)]
-        return [(core.last_shares, core.last_entropy) for core in cores if core.last_shares is not None]
+        return [core.statistics for core in cores if core.statistics is not None]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mka_megatron.memory.documents import Documents
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AttentionInputs(PackedSeqParams):
     """Document layout and rotary tables of one forward pass (no gradients flow into any of it).
 
@@ -18,8 +18,8 @@ class AttentionInputs(PackedSeqParams):
     """
 
     qkv_format: str = "sbhd"
-    documents: Documents | None = None
-    cos: Tensor | None = None
+    documents: Documents
+    cos: Tensor
     """[B,S,rotary_dim] fp32."""
-    sin: Tensor | None = None
+    sin: Tensor
     """[B,S,rotary_dim] fp32."""

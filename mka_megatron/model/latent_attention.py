@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -32,7 +33,7 @@ class LatentSelfAttention(MegatronModule):
     """The mla baseline: up-projections and output are tensor-parallel, down-projections replicated."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, cp_comm_type: str | None = None,
-                 pg_collection=None, *, run: Config):
+                 *, pg_collection: ProcessGroupCollection, run: Config):
         super().__init__(config=config)
         mla, heads = run.attention.mla, config.num_attention_heads
         self.mla = mla
@@ -40,7 +41,8 @@ class LatentSelfAttention(MegatronModule):
         self.heads = heads // self.tp_group.size()
         self.query_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
         self.recompute = run.training.recompute == "selective"
-        self.q_down = self.q_norm = None
+        self.q_down: nn.Parameter | None = None
+        self.q_norm: RMSNorm | None = None
         query_input = config.hidden_size
         if mla.q_lora_rank is not None:
             self.q_down = self._replicated(mla.q_lora_rank)
@@ -68,11 +70,11 @@ class LatentSelfAttention(MegatronModule):
         return mark_partial(weight) if self.config.sequence_parallel else weight
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-                packed_seq_params: AttentionInputs, **unused) -> tuple[Tensor, Tensor | None]:
+                packed_seq_params: AttentionInputs, **unused: object) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S,B,hidden] ([S/tp,B,hidden] under sequence parallelism) -> (output, bias), same shape."""
         mla = self.mla
         query_input = hidden_states
-        if self.q_down is not None:
+        if self.q_down is not None and self.q_norm is not None:
             query_input = self.q_norm(F.linear(hidden_states, self.q_down))
         q, _ = self.linear_q(query_input)
         latent, k_rope = F.linear(hidden_states, self.kv_down).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)

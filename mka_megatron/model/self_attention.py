@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,12 +19,12 @@ class GroupedSelfAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, submodules: SelfAttentionSubmodules, layer_number: int,
                  attn_mask_type: AttnMaskType = AttnMaskType.causal, cp_comm_type: str | None = None,
-                 pg_collection=None, *, run: Config, variant: Variant):
+                 pg_collection: ProcessGroupCollection | None = None, *, run: Config, variant: Variant):
         super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
         self.core_attention = VariantCore(run, variant, config, self.pg_collection.tp)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-                packed_seq_params: AttentionInputs, **unused) -> tuple[Tensor, Tensor | None]:
+                packed_seq_params: AttentionInputs, **unused: object) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S,B,hidden] ([S/tp,B,hidden] under sequence parallelism) -> (output, bias), same shape."""
         q, k, v = self._raw_query_key_value(hidden_states)
         core = self.core_attention(q, k, v, hidden_states, packed_seq_params, self.q_layernorm, self.k_layernorm)

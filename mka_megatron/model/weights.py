@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,20 +105,20 @@ class HFDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stack = ExitStack()
-        self._files: dict[str, object] = {}
+        self._files: dict[str, Any] = {}
         index = path / "model.safetensors.index.json"
         if index.is_file():
             self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
         elif (path / "model.safetensors").is_file():
             self.file_of = {}
-            self.file_of = {name: "model.safetensors" for name in self._open("model.safetensors").keys()}  # type: ignore[attr-defined]
+            self.file_of = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
             raise ConfigError(
                 f"model.init_from: {path} has no model.safetensors or model.safetensors.index.json; "
                 "save the model with save_pretrained(..., safe_serialization=True)."
             )
 
-    def _open(self, file: str):
+    def _open(self, file: str) -> Any:
         if file not in self._files:
             try:
                 self._files[file] = self._stack.enter_context(safe_open(str(self.path / file), framework="pt"))
@@ -125,7 +126,7 @@ class HFDirectory:
                 raise ConfigError(f"model.init_from: {self.path / file} cannot be read ({error}); copy it again.") from error
         return self._files[file]
 
-    def slice(self, name: str):
+    def slice(self, name: str) -> Any:
         """A lazily read view of the tensor `name`; raises ConfigError where the directory lacks it."""
         if name not in self.file_of:
             raise ConfigError(f"model.init_from: {self.path} has no tensor {name}; the checkpoint is incomplete.")
@@ -211,7 +212,7 @@ def _cut(runs: list[Run], start: int, length: int) -> Iterator[Run]:
         position += run.length
 
 
-def _narrow(view, dim: int, start: int, length: int) -> Tensor:
+def _narrow(view: Any, dim: int, start: int, length: int) -> Tensor:
     return view[start : start + length] if dim == 0 else view[:, start : start + length]
 
 

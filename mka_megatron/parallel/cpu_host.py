@@ -18,10 +18,10 @@ def patch_megatron() -> None:
     def current_device() -> torch.device:
         return torch.device("cpu")
 
-    def get_rng_state(device="cpu", clone=False, graph_safe=False) -> torch.Tensor:
+    def get_rng_state(device: object = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_rng_state(new_state, device=-1, graph_safe=False) -> None:
+    def set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
     torch.cuda.current_device = current_device  # type: ignore[assignment]

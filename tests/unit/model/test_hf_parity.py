@@ -81,7 +81,7 @@ def test_truncated_file_is_refused(tmp_path, topology):
     save(random_model("llama"), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match="model.safetensors"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
         import_model(tmp_path, topology)
 
 
