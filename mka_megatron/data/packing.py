@@ -118,7 +118,7 @@ class Packing:
             counts[slot:stop] = self._corpus.read_loss(document, begin, end)
             padding[slot:stop] = False
             begins[slot] = begin == 0
-        keep = counts[1:] & ~padding[1:] & ~padding[:-1]
+        keep = counts[1:] & ~padding[1:]
         starts = np.zeros(length, bool)
         if self._reset:
             keep &= ~begins[1:]

@@ -88,7 +88,7 @@ def test_flipped_bits_give_a_sentence_or_a_readable_dataset(tmp_path: Path) -> N
     """Never another exception, a crash or a read past the file (a moved document bound cannot be seen)."""
     prefix = corpora.write(tmp_path / "x", DOCUMENTS)
     whole = Path(prefix + ".idx").read_bytes()
-    draw = random.Random(0)
+    draw = random.Random(0)  # noqa: S311
     refused = 0
     for bit in range(8 * len(whole)):
         damaged = bytearray(whole)

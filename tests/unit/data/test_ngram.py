@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def documents(seed: int, count: int = 40) -> list[list[int]]:
 
 def slow(texts: list[list[int]]) -> dict[tuple[int, int], float]:
     """p(w|u) for all u, w by dictionaries."""
-    count = Counter((u, w) for text in texts for u, w in zip(text, text[1:], strict=False))
+    count = Counter((u, w) for text in texts for u, w in pairwise(text))
 
     def discount(counts: list[int]) -> float:
         return counts.count(1) / (counts.count(1) + 2 * counts.count(2))
@@ -75,7 +76,7 @@ def test_the_loss_is_over_exactly_the_validation_labels(
         [valid], DataConfig(sequence_length=8), chunk_size=4, eval_batches=0, global_batch_size=4, micro_batch_size=4,
         dp_rank=0, dp_size=1,
     )
-    pairs = [pair for text in held for pair in zip(text, text[1:], strict=False)]
+    pairs = [pair for text in held for pair in pairwise(text)]
     assert bigram_nll(corpora_, batches, V) == pytest.approx(
         -sum(math.log(expected[pair]) for pair in pairs) / len(pairs), rel=1e-12
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,21 @@ def test_orders_change_with_seed_and_epoch_and_wrap(tmp_path: Path) -> None:
     assert tokens(one, 0) == tokens(again, 0), "coming back to an epoch gives it again"
 
 
+def test_documents_and_rows_are_both_shuffled(tmp_path: Path) -> None:
+    def content(lengths: list[int], seed: int, number: int) -> list[tuple[int, ...]]:
+        packing = pack(tmp_path, lengths, sequence_length=16, seed=seed)
+        return [tuple(row.tokens.tolist()) for row in epoch(packing, number)]
+
+    alone = [content([1600], *order) for order in ((1, 0), (1, 1), (2, 0))]
+    assert sorted(alone[0]) == sorted(alone[1]) == sorted(alone[2]), "one document: the same rows"
+    assert alone[0] != alone[1] and alone[0] != alone[2] and alone[1] != alone[2], "in another order"
+    many = [set(content([9] * 60, *order)) for order in ((1, 0), (1, 1), (2, 0))]
+    assert many[0] != many[1] and many[0] != many[2] and many[1] != many[2], "other neighbours in a row"
+
+
 def test_rows_of_a_long_document_are_not_neighbours(tmp_path: Path) -> None:
     rows = epoch(pack(tmp_path, [4000, 4000], sequence_length=16, seed=3))
-    follows = [b.tokens[0] == a.tokens[-1] + 1 for a, b in zip(rows, rows[1:], strict=False)]
+    follows = [b.tokens[0] == a.tokens[-1] + 1 for a, b in pairwise(rows)]
     assert sum(follows) < 0.05 * len(rows)
 
 

@@ -51,7 +51,7 @@ def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_below_the_bytes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data.tokenizer_vocab_size: 256"):
+    with pytest.raises(DataError, match=r"data\.tokenizer_vocab_size: 256"):
         train_bpe(["x"], 256, str(tmp_path))
 
 
