@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> Config:
     """The configuration that the arguments describe; raises ConfigError."""
-    paths, overrides = [], []
+    paths: list[str] = []
+    overrides: list[str] = []
     for argument in arguments:
         if argument == "--print-config":
             continue
@@ -70,7 +71,8 @@ def run(config: Config, rank: int) -> int:
     from mka_megatron.training.checkpoint import CheckpointError
     from mka_megatron.training.engine import NonFiniteError
     from mka_megatron.training.host import use_cores
-    from mka_megatron.training.loop import PeerFailedError, train
+    from mka_megatron.training.loop import train
+    from mka_megatron.training.start import PeerFailedError
 
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:

@@ -52,11 +52,10 @@ def model_flops(config: Config, vocab_size: int) -> ModelFlops:
         projections, channels = _latent(config)
     else:
         projections, channels = _grouped(config, variant.kv_heads(model))
-    attention_passes = 1
-    if variant.gated:
-        levels = 1 + int(config.memory_hierarchy.l2.enabled)
+    levels = variant.levels(config)
+    if levels > 1:
         projections += _gate(config, variant.kv_heads(model), levels)
-        attention_passes = levels if variant.attends_each_level else 1
+    attention_passes = levels if variant.attends_each_level else 1
     mlp = 3 * model.hidden_size * model.ffn_hidden_size
     weights = model.num_layers * (projections + mlp) + model.hidden_size * vocab_size
     return ModelFlops(
@@ -94,12 +93,12 @@ def _gate(config: Config, kv_heads: int, levels: int) -> int:
     model, routing = config.model, config.routing
     if routing.mode == "fixed":
         return 0
-    copies = kv_heads if routing.scope == "group" else 1
-    if routing.gate_input == "x" and routing.scope == "token":
-        width = model.hidden_size
-    else:
-        width = model.num_attention_heads * model.head_dim // copies
-    return copies * routing.gate_hidden_size * (width + levels)
+    routes = kv_heads if routing.scope == "group" else 1
+    if routing.gate_input == "x":
+        return routing.gate_hidden_size * (model.hidden_size + routes * levels)
+    # Per KV head: from its own queries. Per token: from all queries.
+    query_channels = model.num_attention_heads * model.head_dim
+    return routing.gate_hidden_size * (query_channels + routes * levels)
 
 
 # Dense bf16/fp16 tensor-core peaks in TFLOP/s, from the vendors' data sheets (without sparsity).

@@ -10,17 +10,15 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from mka_megatron.config.errors import refuse
-from mka_megatron.config.schema import Config, TrainingConfig
+from mka_megatron.config.schema import Config
 from mka_megatron.data.batch import Batch, DataError
 from mka_megatron.data.loader import Prefetcher, ValidBatches, train_batches, valid_batches
 from mka_megatron.data.ngram import bigram_nll
@@ -37,18 +35,12 @@ from mka_megatron.training.monitor import Monitor
 from mka_megatron.training.norms import parameter_count, parameter_norm
 from mka_megatron.training.progress import Display
 from mka_megatron.training.records import Evaluation, StepRecord, perplexity
+from mka_megatron.training.start import check_output, rank_0_first, resume
 from mka_megatron.training.summary import Summary, Throughput, metrics, rows
 
-_PREPARATION_LIMIT = timedelta(days=2)
 _BIGRAM_TOKENS = 1_000_000_000  # minutes of counting
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-class PeerFailedError(RuntimeError):
-    """Rank 0 failed at what the other ranks waited for; it says why."""
 
 
 def train(config: Config) -> Summary:
@@ -62,37 +54,13 @@ def train(config: Config) -> Summary:
         PeerFailedError: rank 0 raised one of these while this rank waited.
         NonFiniteError: too many consecutive steps without a finite loss and gradient.
     """
+    check_output(config.training)
     topology = groups.initialize(config.parallel, config.engine.timeout_seconds, config.training.seed)
     try:
         profile.check(config.logging.memory_snapshot_steps, topology.device)
         return Run(config, topology).run()
     finally:
         groups.destroy()
-
-
-def rank_0_first(action: Callable[[], T], topology: Topology) -> T:
-    """`action()` on rank 0, then, if that went well, on every other rank.
-
-    Raises:
-        PeerFailedError: on the other ranks, where rank 0 raised.
-    """
-    if topology.world_size == 1:
-        return action()
-    group = dist.new_group(backend="gloo", timeout=_PREPARATION_LIMIT)
-    failure: Exception | None = None
-    if topology.rank == 0:
-        try:
-            result = action()
-        except Exception as error:
-            failure = error
-    failed = torch.tensor([failure is not None])
-    dist.broadcast(failed, src=0, group=group)
-    dist.destroy_process_group(group)
-    if failure is not None:
-        raise failure
-    if bool(failed):
-        raise PeerFailedError
-    return result if topology.rank == 0 else action()
 
 
 @dataclass
@@ -117,29 +85,6 @@ class Tally:
         return Throughput(self.steps, self.tokens, self.seconds, self.data_seconds, self.flops)
 
 
-def resume(engine: Engine, training: TrainingConfig) -> tuple[Path | None, dict[str, Any]]:
-    """Bring `engine` to the checkpoint that `training.resume` asks for; its path and state, (None, {}) without one.
-
-    Raises:
-        ConfigError: `none` in an output_dir that holds checkpoints.
-        CheckpointError: the one asked for cannot be loaded.
-    """
-    if training.resume == "none":
-        if any(Path(training.output_dir, "checkpoints").glob("step-*")):
-            raise refuse(
-                "training.resume",
-                "none",
-                f"{training.output_dir} holds checkpoints that the run would replace; "
-                "choose another training.output_dir, or auto to go on from them",
-            )
-        return None, {}
-    if training.resume == "auto":
-        found = checkpoint.newest_intact(training.output_dir)
-        return (found.path, checkpoint.load(engine, found)) if found else (None, {})
-    path = Path(training.resume)
-    return path, checkpoint.load(engine, path)
-
-
 class Run:
     """The parts of a run, built in order by the constructor, and the loop over them."""
 
@@ -148,8 +93,9 @@ class Run:
         self.began = time.monotonic()
         self.output_dir = Path(config.training.output_dir)
         rank_0 = topology.rank == 0
+        limit = timedelta(seconds=config.engine.timeout_seconds)
         # Agreement between hosts must not wait behind the device's stream.
-        self.host_group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        self.host_group = dist.new_group(backend="gloo", timeout=limit) if topology.world_size > 1 else None
         self.display = Display(config.training.steps, bar=config.logging.progress) if rank_0 else None
         if self.display is not None:
             self.display.line(f"preparing data in {config.data.cache_dir}")

@@ -57,5 +57,5 @@ def _local_parts(model: nn.Module, topology: Topology) -> Iterator[tuple[nn.Para
             yield parameter, None
             continue
         # The last replicas' partitions end in padding.
-        filled = parameter.ds_numel - topology.dp_rank * partition.ds_numel
+        filled = getattr(parameter, "ds_numel", 0) - topology.dp_rank * partition.ds_numel
         yield parameter, partition.flatten()[: max(0, min(partition.ds_numel, filled))]

@@ -20,7 +20,6 @@ from rich.table import Table
 
 from mka_megatron.training.records import Evaluation, perplexity
 
-
 _LOG_WIDTH = 100
 
 

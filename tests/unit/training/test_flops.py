@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mka_megatron.config.schema import (
     AttentionConfig,
@@ -15,6 +17,8 @@ from mka_megatron.config.schema import (
     ModelConfig,
     RoutingConfig,
 )
+from mka_megatron.memory.documents import Documents
+from mka_megatron.model.build import build_model
 from mka_megatron.training.flops import ModelFlops, causal_pairs, model_flops, peak_flops
 
 QWEN25_7B = ModelConfig(
@@ -70,6 +74,12 @@ def test_group_gates_read_their_own_heads() -> None:
     assert flops.per_token == 2 * (QWEN25_7B_WEIGHTS + gate)
 
 
+def test_group_gates_of_the_layer_input_share_their_first_matrix() -> None:
+    gate = 28 * (3584 * 64 + 64 * 4 * 2)
+    flops = qwen("fastmka", routing=RoutingConfig(scope="group", gate_input="x"))
+    assert flops.per_token == 2 * (QWEN25_7B_WEIGHTS + gate)
+
+
 def test_latent_ranks() -> None:
     # DeepSeek-V2-Lite's attention: hidden 2048, 16 heads, kv rank 512, 128 + 64 query channels, 128 value channels.
     model = ModelConfig(
@@ -91,6 +101,39 @@ def test_pairs_are_counted_within_documents() -> None:
     assert causal_pairs([(0, 0, 4)]) == 10
     assert causal_pairs([(0, 0, 3), (0, 3, 4), (1, 0, 4)]) == 6 + 1 + 10
     assert ModelFlops(per_token=5, per_pair=7).training(tokens=4, pairs=10) == 3 * (20 + 70)
+
+
+SMALL = ModelConfig(
+    num_layers=2, hidden_size=96, ffn_hidden_size=160, num_attention_heads=4, num_kv_heads=2, head_dim=32
+)
+SMALL_MLA = MLAConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=32)
+CASES = {
+    "mha": {"attention": AttentionConfig("mha")},
+    "mqa": {"attention": AttentionConfig("mqa")},
+    "gqa": {"attention": AttentionConfig("gqa")},
+    "mla": {"attention": AttentionConfig("mla", mla=SMALL_MLA)},
+    "mka": {"attention": AttentionConfig("mka")},
+    "mka-score": {"attention": AttentionConfig("mka", mixture="score")},
+    "fastmka": {"attention": AttentionConfig("fastmka")},
+    "fastmka-x": {"routing": RoutingConfig(gate_input="x")},
+    "fastmka-group": {"routing": RoutingConfig(scope="group")},
+    "fastmka-x-group": {"routing": RoutingConfig(gate_input="x", scope="group")},
+    "fastmka-no-l2": {"memory_hierarchy": MemoryConfig(l2=L2Config(enabled=False))},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_per_token_cost_is_what_pytorch_counts_in_the_model(case, topology) -> None:
+    """PyTorch counts the matrix multiplications that the built model runs; attention kernels are left out."""
+    config = Config(model=SMALL, **CASES[case])
+    batch, sequence, vocab_size = 2, 64, 192
+    model = build_model(config, topology, vocab_size)
+    tokens = torch.zeros(batch, sequence, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, Documents.whole(batch, sequence))
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if op in products)
+    assert counted == batch * sequence * model_flops(config, vocab_size).per_token
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""Before the first step: where the run writes, who prepares the data, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mka_megatron.config.errors import refuse
+from mka_megatron.config.schema import TrainingConfig
+from mka_megatron.parallel.groups import Topology
+from mka_megatron.training import checkpoint
+from mka_megatron.training.engine import Engine
+
+_PREPARATION_LIMIT = timedelta(days=2)
+
+T = TypeVar("T")
+
+
+class PeerFailedError(RuntimeError):
+    """Rank 0 failed at what the other ranks waited for; it says why."""
+
+
+def check_output(training: TrainingConfig) -> None:
+    """Create output_dir. Raises ConfigError where that fails, or where a fresh start would replace checkpoints."""
+    try:
+        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refuse(
+            "training.output_dir",
+            training.output_dir,
+            f"it cannot be created ({error.strerror}); choose another",
+        ) from None
+    if training.resume == "none" and any(Path(training.output_dir, "checkpoints").glob("step-*")):
+        raise refuse(
+            "training.resume",
+            "none",
+            f"{training.output_dir} holds checkpoints that the run would replace; "
+            "choose another training.output_dir, or auto to go on from them",
+        )
+
+
+def rank_0_first(action: Callable[[], T], topology: Topology) -> T:
+    """`action()` on rank 0, then, if that went well, on every other rank.
+
+    Raises:
+        PeerFailedError: on the other ranks, where rank 0 raised.
+    """
+    if topology.world_size == 1:
+        return action()
+    group = dist.new_group(backend="gloo", timeout=_PREPARATION_LIMIT)
+    failure: Exception | None = None
+    if topology.rank == 0:
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+    failed = torch.tensor([failure is not None])
+    dist.broadcast(failed, src=0, group=group)
+    dist.destroy_process_group(group)
+    if failure is not None:
+        raise failure
+    if bool(failed):
+        raise PeerFailedError
+    return result if topology.rank == 0 else action()
+
+
+def resume(engine: Engine, training: TrainingConfig) -> tuple[Path | None, dict[str, Any]]:
+    """Bring `engine` to the checkpoint that `training.resume` asks for.
+
+    Returns:
+        The checkpoint's path and the state saved with it; (None, {}) where the run starts from the beginning.
+
+    Raises:
+        CheckpointError: the one asked for cannot be loaded.
+    """
+    if training.resume == "none":
+        return None, {}
+    if training.resume == "auto":
+        found = checkpoint.newest_intact(training.output_dir)
+        return (found.path, checkpoint.load(engine, found)) if found else (None, {})
+    path = Path(training.resume)
+    return path, checkpoint.load(engine, path)

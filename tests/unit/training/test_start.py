@@ -1,0 +1,64 @@
+"""Where a run may start, and that rank 0 goes first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.schema import TrainingConfig
+from mka_megatron.training.start import check_output
+
+
+def test_a_fresh_start_keeps_its_hands_off_checkpoints(tmp_path) -> None:
+    fresh = TrainingConfig(output_dir=str(tmp_path / "run"), resume="none")
+    check_output(fresh)
+    check_output(fresh)
+    (tmp_path / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"^training\.resume is none: .* holds checkpoints .*\.$"):
+        check_output(fresh)
+    check_output(TrainingConfig(output_dir=str(tmp_path / "run"), resume="auto"))
+
+
+def test_an_output_directory_that_cannot_be(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^training\.output_dir is .*file/run: it cannot be created .*\.$"):
+        check_output(TrainingConfig(output_dir=str(tmp_path / "file" / "run")))
+
+
+_RANK = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from types import SimpleNamespace
+from mka_megatron.data.batch import DataError
+from mka_megatron.training.start import PeerFailedError, rank_0_first
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+topology = SimpleNamespace(rank=rank, world_size=2)
+def works():
+    if rank == 0:
+        (folder / "prepared").write_text("")
+    return (folder / "prepared").exists()
+def fails():
+    raise DataError("no data")
+print(rank_0_first(works, topology))
+try:
+    rank_0_first(fails, topology)
+except (DataError, PeerFailedError) as error:
+    print(type(error).__name__)
+dist.destroy_process_group()
+"""
+
+
+def test_rank_0_prepares_and_the_others_learn_how_it_went(tmp_path) -> None:
+    ranks = [
+        subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", _RANK, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    printed = [rank.communicate(timeout=120)[0].split() for rank in ranks]
+    assert printed == [["True", "DataError"], ["True", "PeerFailedError"]]
