@@ -126,12 +126,13 @@ class _ScoreMixture(torch.autograd.Function):
     ) -> Tensor:
         levels = len(keys_values) // 2
         keys, values = keys_values[:levels], keys_values[levels:]
-        # [B, S, H, L] -> L x [B, H, S]
-        biases = _per_head(bias, q.shape[2]).permute(3, 0, 2, 1)
+        # [B, S, H, L] -> [L, B, H, S]; fp64, for a logsumexp's roundoff is a relative error of its probabilities
+        biases = _per_head(bias, q.shape[2]).permute(3, 0, 2, 1).double()
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         level_outs = [torch.zeros_like(out) for _ in range(levels)]
-        shares = torch.zeros_like(biases, memory_format=torch.contiguous_format)
-        total = torch.zeros_like(shares[0])
+        total = torch.zeros_like(biases[0], memory_format=torch.contiguous_format)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        shares = torch.zeros_like(biases, dtype=dtype, memory_format=torch.contiguous_format)
         extras: list[list[tuple[Any, ...]]] = []
         for rows, times in documents.regions:
             parts = [causal_forward(q[rows, times], k[rows, times], v[rows, times], scale)
@@ -158,14 +159,14 @@ class _ScoreMixture(torch.autograd.Function):
         q, bias, out, total, shares, *rest = ctx.saved_tensors
         levels = len(rest) // 3
         level_outs, keys, values = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
-        biases = _per_head(bias, q.shape[2]).permute(3, 0, 2, 1)
+        biases = _per_head(bias, q.shape[2]).permute(3, 0, 2, 1).double()
         grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
         grad_keys = [torch.zeros_like(k, memory_format=torch.contiguous_format) for k in keys]
         grad_values = [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in values]
         for (rows, times), extras in zip(ctx.documents.regions, ctx.extras, strict=True):
             for level in range(levels):
                 # exp(s + b_l - LSE) = exp(s - (LSE - b_l)): this level's part of the one softmax
-                lse = total[rows, :, times] - biases[level, rows, :, times]
+                lse = (total[rows, :, times] - biases[level, rows, :, times]).to(shares.dtype)
                 part_q, part_k, part_v = causal_backward(
                     grad[rows, times], q[rows, times], keys[level][rows, times], values[level][rows, times],
                     out[rows, times], lse, extras[level], ctx.scale,
@@ -175,10 +176,10 @@ class _ScoreMixture(torch.autograd.Function):
                 grad_values[level][rows, times] = part_v
         grad_bias = None
         if ctx.needs_input_grad[1]:
-            wide = grad.to(total.dtype)
+            wide = grad.to(shares.dtype)
             # db_l = share_l * (grad . out_l - grad . out), [B, S, H, L]
-            mean = (wide * out.to(total.dtype)).sum(dim=-1)
-            gains = torch.stack([(wide * o.to(total.dtype)).sum(dim=-1) - mean for o in level_outs], dim=-1)
+            mean = (wide * out.to(shares.dtype)).sum(dim=-1)
+            gains = torch.stack([(wide * o.to(shares.dtype)).sum(dim=-1) - mean for o in level_outs], dim=-1)
             per_head = shares.permute(1, 3, 2, 0) * gains
             # [B, S, H, L] -> [B, S, G or 1, H/G or H, L]
             groups = bias.shape[2] if bias.dim() == 4 else 1
