@@ -77,10 +77,11 @@ def run(config: Config, rank: int) -> int:
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         train(config)
-    except (ConfigError, DataError, CheckpointError) as error:
-        return refused(error, rank, 2)
-    except NonFiniteError as error:
-        return refused(error, rank, 1)
+    except (ConfigError, NonFiniteError) as error:  # the same on every rank
+        return refused(error, rank, 2 if isinstance(error, ConfigError) else 1)
+    except (DataError, CheckpointError) as error:
+        print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+        return 2
     except PeerFailedError:
         time.sleep(_WAIT_FOR_RANK_0)
         return 2
@@ -88,14 +89,14 @@ def run(config: Config, rank: int) -> int:
 
 
 def refused(error: Exception, rank: int, code: int) -> int:
-    """Say the error's sentence once; returns `code`.
+    """Say, once, what is wrong on every rank; returns `code`.
 
-    Most are the same on every rank, and torchrun ends all ranks with the first: the others wait to be
-    ended, and speak only if rank 0 did not fail.
+    torchrun ends all ranks with the first: the others wait for rank 0 to be that one.
     """
-    if rank:
+    if rank == 0:
+        print(error, file=sys.stderr, flush=True)
+    else:
         time.sleep(_WAIT_FOR_RANK_0)
-    print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
     return code
 
 

@@ -110,3 +110,17 @@ def test_a_second_start_goes_on_from_the_end(run: Run, workplace: Workplace) -> 
     assert (again.losses(), again.evaluations()) == before
     assert again.metrics()["resumed_from"] == STEPS
     assert again.metrics()["final"]["bigram_loss"] is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.global_batch_size=3", "training.global_batch_size is 3"),  # refused before the ranks meet
+        ("data.train=[{path: /nowhere/at/all}]", "data.train[0].path: '/nowhere/at/all'"),  # by rank 0, the other waits
+    ],
+)
+def test_a_refusal_is_said_once(override: str, sentence: str, workplace: Workplace) -> None:
+    run = workplace.start("refused", override, ranks=2)
+    assert run.wait() != 0
+    assert run.text().count(sentence) == 1
+    assert "mka_megatron/training/loop.py" not in run.text()  # no traceback of ours

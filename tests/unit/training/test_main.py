@@ -56,15 +56,15 @@ def test_a_wrong_configuration_is_one_sentence_and_exit_code_2(arguments, expect
     assert expected in captured.err and captured.err.count("\n") == 1 and captured.err.endswith(".\n")
 
 
-def test_only_rank_0_speaks_first(capsys, monkeypatch) -> None:
-    waits = []
+def test_only_rank_0_speaks(capsys, monkeypatch) -> None:
+    waits: list[float] = []
     monkeypatch.setattr(command.time, "sleep", waits.append)
     monkeypatch.setenv("RANK", "1")
     assert command.main([TINY, "training.steps=many"]) == 2
     assert len(waits) == 1  # torchrun ends it here
-    assert capsys.readouterr().err.startswith("rank 1: training.steps is many")
     assert command.main(["--help"]) == 0
-    assert capsys.readouterr().out == ""
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
 
 
 def test_a_refusal_comes_before_any_process_group(monkeypatch) -> None:
