@@ -20,8 +20,7 @@ apt_install() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
     say "Installing system packages: $*"
     { timeout 300 apt-get -o Acquire::Retries=1 -o Acquire::http::Timeout=30 update &&
-        timeout 600 apt-get install -y --no-install-recommends "$@"; } </dev/null >"$VENV.apt.log" 2>&1 &&
-        rm -f "$VENV.apt.log"
+        timeout 600 apt-get install -y --no-install-recommends "$@"; } </dev/null >/dev/null 2>&1
 }
 
 make_venv() {

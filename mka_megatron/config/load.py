@@ -27,6 +27,7 @@ __all__ = ["ConfigError", "load_config"]
 
 MAX_FILE_BYTES = 1 << 20
 COMMAND_LINE = "the command line"
+_ADAPTER = pydantic.TypeAdapter(Config)
 Origins = dict[tuple[str, ...], str]
 
 
@@ -125,7 +126,7 @@ def _typed(merged: dict[str, Any], origins: Origins) -> Config:
         raise ConfigError(f"A value is not plain YAML ({error}); use numbers, strings, true, false, null and "
                           "lists of them.") from None
     try:
-        return pydantic.TypeAdapter(Config).validate_json(text, strict=True, extra="forbid")
+        return _ADAPTER.validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "unexpected_keyword_argument")
         raise _sentence(errors[0]["type"], errors[0]["loc"], errors[0]["input"], origins) from None
