@@ -145,5 +145,5 @@ def test_a_missing_or_damaged_directory(tmp_path: Path) -> None:
         load_config((), [f"model.init_from={tmp_path}"])
     for text in ("{", "[]", "\x00"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ConfigError, match="model.init_from is .*copy the model again"):
+        with pytest.raises(ConfigError, match=r"model.init_from is .*copy the model again"):
             load_config((), [f"model.init_from={tmp_path}"])
