@@ -87,7 +87,6 @@ def scan_(
         return
     part = z[plan.broken]
     _add(part, torch.where(plan.open, share[plan.broken], 0), powers)
-    share[plan.broken] = 0
     _add(z, share, powers)
     z[plan.broken] = part
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from mka_megatron.attention import grouped, mka, recursion
 from mka_megatron.attention.inputs import Finish, RouteInputs
@@ -233,18 +232,3 @@ def test_the_score_mixture_is_as_accurate_as_torchs_attention(dtype: torch.dtype
     references = torch.autograd.grad(exact, wide, direction.double())
     for one, other, reference in zip(ours, theirs, references, strict=True):
         assert_as_accurate(one, other, reference)
-
-
-def test_the_score_mixture_holds_no_scores() -> None:
-    sequence = 8192
-    tensors = [torch.randn(1, sequence, heads, 16, requires_grad=True) for heads in (2, 1, 1, 1, 1)]
-    bias = torch.randn(1, sequence, 2, requires_grad=True)
-    q, k, v, k2, v2 = tensors
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        mka.score_mixture(q, [k, k2], [v, v2], bias, Documents.whole(1, sequence), 0.25).sum().backward()
-    assert max(event.cpu_memory_usage for event in trace.events()) < sequence * sequence
-    assert "aten::repeat_interleave" not in {
-        event.name
-        for event in trace.events()
-        if event.input_shapes and list(event.input_shapes[0]) == list(k.shape)
-    }
