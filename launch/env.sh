@@ -54,7 +54,7 @@ python_header() { [ -f "$("$VENV/bin/python" -c 'import sysconfig; print(sysconf
 
 libaio() { printf '#include <libaio.h>\nint main() { return 0; }\n' | g++ -x c++ - -laio -o /dev/null 2>/dev/null; }
 
-# The operators that training can use: asynchronous I/O for NVMe offload, and the fused optimizer on a GPU.
+# What mka_megatron.training.ops builds: asynchronous I/O for NVMe offload, and the fused optimizer on a GPU.
 build_operators() {
     local state="$VENV/operators" reason=""
     [ -f "$state" ] && [ "$(cat "$state")" = built ] && return
@@ -84,24 +84,9 @@ build_operators_now() {
     (
         flock 9
         find "$TORCH_EXTENSIONS_DIR" -maxdepth 3 -name lock -delete 2>/dev/null || true
-        PATH="$VENV/bin:$PATH" MAX_JOBS="$(nproc)" timeout 1800 "$VENV/bin/python" - >"$VENV/operators.log" 2>&1 <<'PYTHON'
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"
-from deepspeed.ops.op_builder import AsyncIOBuilder
-
-AsyncIOBuilder().load()
-if torch.cuda.is_available():
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    if CUDA_HOME is not None:
-        from deepspeed.ops.op_builder import FusedAdamBuilder
-
-        FusedAdamBuilder().load()
-PYTHON
+        PATH="$VENV/bin:$PATH" MAX_JOBS="$(nproc)" timeout 1800 \
+            "$VENV/bin/python" -m mka_megatron.training.ops >"$VENV/operators.log" 2>&1 &&
+            grep -q '^async_io: built' "$VENV/operators.log"
     ) 9>"$VENV/operators.lock"
 }
 
