@@ -56,28 +56,32 @@ libaio() { printf '#include <libaio.h>\nint main() { return 0; }\n' | g++ -x c++
 
 # What mka_megatron.training.ops builds: asynchronous I/O for NVMe offload, and the fused optimizer on a GPU.
 build_operators() {
-    local state="$VENV/operators" reason=""
-    [ -f "$state" ] && [ "$(cat "$state")" = built ] && return
-    if ! command -v g++ >/dev/null; then
+    local state="$VENV/operators" before="" reason=""
+    [ ! -f "$state" ] || before="$(cat "$state")"
+    [ "$before" != built ] || return 0
+    if [ "$before" = failed ]; then
+        reason="DeepSpeed's operators did not compile, see $VENV/operators.log; remove $state to try again"
+    elif ! command -v g++ >/dev/null; then
         reason="g++ is missing"
     elif ! { libaio && python_header; }; then
         local packages=()
         libaio || packages+=(libaio-dev)
         python_header || packages+=(python3-dev)
-        if [ -f "$state" ] || ! apt_install "${packages[@]}" || ! libaio || ! python_header; then
+        if [ -n "$before" ] || ! apt_install "${packages[@]}" || ! libaio || ! python_header; then
             reason="${packages[*]} is missing"
         fi
     fi
     if [ -z "$reason" ]; then
         say "Building DeepSpeed's operators (a minute or two the first time)"
-        build_operators_now || reason="DeepSpeed's operators do not compile here, see $VENV/operators.log"
+        if build_operators_now; then
+            printf 'built\n' >"$state"
+            return
+        fi
+        before=failed
+        reason="DeepSpeed's operators do not compile here, see $VENV/operators.log"
     fi
-    if [ -n "$reason" ]; then
-        printf 'unavailable\n' >"$state"
-        say "NVMe offload is unavailable ($reason); everything else works."
-    else
-        printf 'built\n' >"$state"
-    fi
+    printf '%s\n' "${before:-missing}" >"$state"
+    say "NVMe offload is unavailable ($reason); everything else works."
 }
 
 build_operators_now() {
