@@ -22,11 +22,12 @@ def sentencepiece_model(path: Path, eos: bool = True) -> str:
 
 
 def words(directory: Path, vocabulary: list[str], eos: str | None = "<eos>") -> str:
-    """A Hugging Face tokenizer that gives word i of `vocabulary` the id i."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A Hugging Face tokenizer that gives word i of `vocabulary` the id i, and puts word 0 before a whole text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single=f"{vocabulary[0]} $A", special_tokens=[(vocabulary[0], 0)])
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos).save_pretrained(directory)
     return str(directory)

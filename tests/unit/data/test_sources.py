@@ -51,6 +51,7 @@ def test_text_files_directories_and_globs(tmp_path: Path) -> None:
 def test_parquet_jsonl_and_mixed_directories(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1, 2, 3, 4], "text": TEXTS}), tmp_path / "b.parquet", row_group_size=1)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "x": 1}) for text in TEXTS) + "\n\n")
+    (tmp_path / "a.jsonl").open("a").write('{"text": ""}\n')  # an empty document is none
     assert texts(tmp_path / "b.parquet") == TEXTS
     assert texts(tmp_path / "a.jsonl") == TEXTS
     assert texts(tmp_path) == TEXTS * 2
