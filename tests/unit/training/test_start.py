@@ -55,7 +55,7 @@ dist.destroy_process_group()
 
 def test_rank_0_prepares_and_the_others_learn_how_it_went(tmp_path) -> None:
     ranks = [
-        subprocess.Popen(  # noqa: S603
+        subprocess.Popen(
             [sys.executable, "-c", _RANK, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
         for rank in range(2)
