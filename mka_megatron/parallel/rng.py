@@ -13,7 +13,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 def capture() -> dict[str, Any]:
     """States of Python's, NumPy's, PyTorch's (host and device) and Megatron's generators: tensors and builtins."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = legacy
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

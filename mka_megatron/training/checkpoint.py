@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -83,12 +83,15 @@ def newest_intact(output_dir: str | Path) -> Checkpoint | None:
     A collective call; rank 0's listing counts.
     """
     parent = Path(output_dir) / "checkpoints"
-    for step in sorted(_broadcast_steps(parent), reverse=True):
+    steps = sorted(_broadcast_steps(parent), reverse=True)
+    for step in steps:
         try:
             return manifest.verify(parent / f"{_PREFIX}{step:08d}")
         except CheckpointError as error:
             if _rank() == 0:
-                log.warning("%s The one before it is tried.", error)
+                log.warning("%s It is passed over.", error)
+    if steps and _rank() == 0:
+        log.warning("no checkpoint in %s is intact.", parent)
     return None
 
 
@@ -125,7 +128,7 @@ class _HashingFile(io.RawIOBase):
     """A file that torch.save writes to; remembers size, SHA-256 and the operating system's first refusal."""
 
     def __init__(self, path: Path) -> None:
-        self.file = open(path, "wb")  # noqa: SIM115
+        self.file = open(path, "wb")
         self.digest, self.size = hashlib.sha256(), 0
         self.error: OSError | None = None
 
@@ -168,11 +171,12 @@ class _Writer(CheckpointEngine):
         file = None
         try:
             file = _HashingFile(Path(path))
-            torch.save(state_dict, file)
+            torch.save(state_dict, cast(IO[bytes], file))
             entry = file.finish()
         except (OSError, RuntimeError) as error:  # torch.save turns a refused write into a RuntimeError
             cause = (file and file.error) or error
-            self.problem = f"rank {_rank()}: {str(cause).splitlines()[0]}, {path}"
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            self.problem = f"rank {_rank()}, {Path(path).name}: {reason}"
             if file is not None:
                 _close_quietly(file)
             return
@@ -252,7 +256,12 @@ def _publish(temporary: Path, final: Path, body: dict[str, Any]) -> None:
     replaced = final.with_name(f"{_TEMPORARY}replaced-{final.name}")
     if final.exists():  # the same step again, after its checkpoint was found damaged
         final.rename(replaced)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     manifest.sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

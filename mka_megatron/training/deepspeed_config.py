@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -126,15 +127,21 @@ def _zero(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any]:
     if engine.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": engine.offload_optimizer, "pin_memory": on_cuda}
         if engine.offload_optimizer == "nvme":
-            zero["offload_optimizer"]["nvme_path"] = engine.nvme_path
+            zero["offload_optimizer"]["nvme_path"] = _swap_folder(config)
             zero["sub_group_size"] = _NVME_SUB_GROUP_ELEMENTS
     if engine.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it would replace torch.nn.functional.linear for good
     if engine.offload_param != "none":
         zero["offload_param"] = {"device": engine.offload_param, "pin_memory": on_cuda}
         if engine.offload_param == "nvme":
-            zero["offload_param"] |= {"nvme_path": engine.nvme_path, "buffer_size": _buffer(config, data_parallel)}
+            zero["offload_param"] |= {"nvme_path": _swap_folder(config), "buffer_size": _buffer(config, data_parallel)}
     return zero
+
+
+def _swap_folder(config: Config) -> str:
+    """This run's folder under engine.nvme_path: DeepSpeed names swap files by rank only, so two runs would meet."""
+    run = hashlib.sha256(str(Path(config.training.output_dir).resolve()).encode()).hexdigest()[:12]
+    return str(Path(config.engine.nvme_path or "") / f"run-{run}")
 
 
 def _buffer(config: Config, data_parallel: int) -> int:
@@ -171,6 +178,8 @@ def _merge(ours: dict[str, Any], user: dict[str, Any], path: str) -> dict[str, A
             raise ConfigError(f"engine.deepspeed_config: {path} sets {key}, but {why}; remove the key.")
         if key in _OWNED:
             expected = _lookup(ours, key)
+            if key.endswith(".nvme_path") and expected is not None:
+                expected = str(Path(expected).parent)
             if not _same(value, expected):
                 raise ConfigError(
                     f"engine.deepspeed_config: {path} sets {key} to {value!r}, but {_OWNED[key]} makes it "

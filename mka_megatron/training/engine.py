@@ -28,7 +28,7 @@ from mka_megatron.config.schema import Config
 from mka_megatron.data.batch import IGNORE, Batch
 from mka_megatron.parallel.cpu_host import patch_deepspeed
 from mka_megatron.parallel.groups import MegatronMPU, Topology
-from mka_megatron.training import deepspeed_config
+from mka_megatron.training import deepspeed_config, ops
 from mka_megatron.training.optimizer import build_optimizer
 from mka_megatron.training.schedule import learning_rate
 
@@ -247,6 +247,7 @@ def _check_host(config: Config, topology: Topology) -> None:
         raise ConfigError("training.precision is fp16: this device does not support it, use bf16 or fp32.")
     if config.training.precision == "bf16" and not accelerator.is_bf16_supported():
         raise ConfigError("training.precision is bf16: this device does not support it, use fp16 or fp32.")
+    ops.check(config.engine, topology.device.type == "cuda")
 
 
 def _make_deterministic() -> None:
@@ -268,9 +269,11 @@ def _clip(model: nn.Module, limit: float, topology: Topology) -> float:
         if parameter.grad is not None
         and (topology.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
     ]
-    square = torch.zeros((), dtype=torch.float32, device=topology.device)
+    # PyTorch's CPU norm sums in order: in fp32 it is off by 1e-4 for half a million elements.
+    dtype = torch.float64 if topology.device.type == "cpu" else torch.float32
+    square = torch.zeros((), dtype=dtype, device=topology.device)
     if counted:
-        square += torch.stack(torch._foreach_norm(counted)).float().square().sum()
+        square += torch.stack(torch._foreach_norm(counted, 2, dtype)).square().sum()
     dist.all_reduce(square, group=topology.tp_group)
     norm = float(square.sqrt())
     if limit > 0 and norm > limit:

@@ -1,9 +1,10 @@
 """Checkpoint state of a ZeRO-3 run whose optimizer or parameters live on NVMe.
 
-DeepSpeed 0.19 copies its swap files, but restores neither Adam's step counts nor the sub-groups that
-are too small to swap, and cannot load parameters that are on NVMe. So these runs write their state
-themselves: one file per sub-group (the unit that fits in memory), holding the fp32 parameters and both
-moments, and one for the loss scale. The 16-bit parameters follow from the fp32 ones.
+DeepSpeed 0.19 resumes such runs wrongly without a word: it copies its swap files, but restores neither
+Adam's step counts nor the sub-groups that are too small to swap, which it overwrites with the fresh
+model's. So these runs write their state themselves: one file per sub-group (the unit that fits in
+memory), holding the fp32 parameters and both moments, and one for the loss scale. The 16-bit parameters
+follow from the fp32 ones.
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""DeepSpeed's compiled ops that a run needs: `python -m mka_megatron.training.ops` builds them ahead of time.
+
+DeepSpeed compiles an op when it is first used, a minute or more each, and a build that is killed leaves a
+lock at which every later start waits for ever.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.schema import EngineConfig
+
+_LONGEST_BUILD_SECONDS = 1200.0
+
+
+def names(engine: EngineConfig, on_cuda: bool) -> tuple[str, ...]:
+    """Ops that this configuration uses."""
+    swaps = "nvme" in (engine.offload_optimizer, engine.offload_param)
+    fused = on_cuda and engine.offload_optimizer == "none"
+    return ("async_io",) * swaps + ("fused_adam",) * fused
+
+
+def check(engine: EngineConfig, on_cuda: bool) -> None:
+    """Refuse what would hang or fail later.
+
+    Raises:
+        ConfigError: NVMe offload without libaio, or a lock that a killed build left behind.
+    """
+    for name in names(engine, on_cuda):
+        if name == "async_io" and not _builder(name).is_compatible(verbose=False):
+            raise ConfigError(
+                "engine.offload_optimizer or engine.offload_param is nvme, but libaio's header is missing: install "
+                "libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), or offload to cpu."
+            )
+        lock = stale_lock(name)
+        if lock is not None:
+            raise ConfigError(f"a build of DeepSpeed's {name} was killed and left {lock}: remove that file.")
+
+
+def stale_lock(name: str) -> Path | None:
+    """The lock of an op's build that cannot be running any more, if there is one."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory(name, verbose=False)) / "lock"
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return lock if age > _LONGEST_BUILD_SECONDS else None
+
+
+def build(name: str) -> str:
+    """Build one op; returns `built`, or why it cannot be."""
+    lock = stale_lock(name)
+    if lock is not None:
+        lock.unlink()
+    builder = _builder(name)
+    if not builder.is_compatible(verbose=False):
+        return "not available here (a header or compiler is missing)"
+    builder.load(verbose=False)
+    return "built"
+
+
+def _builder(name: str) -> Any:
+    from deepspeed.ops.op_builder import AsyncIOBuilder, FusedAdamBuilder
+
+    return {"async_io": AsyncIOBuilder, "fused_adam": FusedAdamBuilder}[name]()
+
+
+if __name__ == "__main__":
+    for each in ("async_io", "fused_adam") if torch.cuda.is_available() else ("async_io",):
+        print(f"{each}: {build(each)}", flush=True)
+    sys.exit(0)
