@@ -16,14 +16,15 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def use_cores(local_world_size: int) -> int:
-    """Give this rank its share of the cores; returns the thread count.
+    """Give this rank its share of the cores, unless OMP_NUM_THREADS says otherwise; returns the thread count.
 
-    torchrun would leave every rank one thread, and a single process in a container one per core of the
-    whole machine.
+    Left alone, torchrun gives every rank one thread (by setting OMP_NUM_THREADS to 1), and PyTorch a single
+    process in a container one per core of the whole machine.
     """
-    threads = max(1, available_cores() // local_world_size)
-    torch.set_num_threads(threads)
-    return threads
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    if wanted is None or (local_world_size > 1 and wanted == "1"):
+        torch.set_num_threads(max(1, available_cores() // local_world_size))
+    return torch.get_num_threads()
 
 
 def available_cores() -> int:
