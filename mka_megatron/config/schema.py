@@ -54,7 +54,7 @@ class ModelConfig:
     vocab_size: int | None = None
     """Rows of the embedding; null takes the tokenizer's size."""
     vocab_multiple: int = 64
-    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+    """The embedding is padded to a multiple of this, itself a multiple of the tensor-parallel size."""
     max_position_embeddings: int = 4096
     """Longest context in tokens that the rotary tables cover."""
     norm_eps: float = 1e-6

@@ -159,6 +159,9 @@ def _check_heads(config: Config) -> None:
     if model.ffn_hidden_size % tensor_parallel:
         raise refuse("parallel.tensor_parallel", tensor_parallel,
                      f"it must divide model.ffn_hidden_size ({model.ffn_hidden_size})")
+    if model.vocab_multiple % tensor_parallel:
+        raise refuse("model.vocab_multiple", model.vocab_multiple,
+                     f"it must be a multiple of parallel.tensor_parallel ({tensor_parallel})")
     if kv_heads < tensor_parallel and variant in GATED:
         raise refuse("parallel.tensor_parallel", tensor_parallel,
                      f"attention.variant {variant} needs at least one KV head per rank and there are {kv_heads}; "
@@ -208,6 +211,9 @@ def _check_memory(config: Config) -> None:
         raise refuse("memory_hierarchy.l1.window", window,
                      "a window shorter than the sequence needs the block core, which is not available yet; use null, "
                      f"or at least data.sequence_length ({config.data.sequence_length})")
+    if memory.l2.min_span <= 1:
+        raise refuse("memory_hierarchy.l2.min_span", memory.l2.min_span,
+                     "the decay is 1 - 1/span and must be above 0; make it greater than 1")
     if memory.l2.max_span < memory.l2.min_span:
         raise refuse("memory_hierarchy.l2.max_span", memory.l2.max_span,
                      f"it must be at least memory_hierarchy.l2.min_span ({memory.l2.min_span})")

@@ -32,6 +32,7 @@ REFUSED: list[tuple[list[str], int | None, tuple[str, ...]]] = [
      None, ("parallel.tensor_parallel is 4", "6 KV heads")),
     (["parallel.tensor_parallel=4", "attention.variant=gqa", "model.num_attention_heads=12", "model.num_kv_heads=3"],
      None, ("parallel.tensor_parallel is 4", "3 KV heads")),
+    (["parallel.tensor_parallel=2", "model.vocab_multiple=1"], None, ("model.vocab_multiple is 1", "(2)")),
     # rope
     (["model.rope.factor=2"], None, ("model.rope.factor is 2", "model.rope.scaling")),
     (["model.rope.scaling=llama3", "model.rope.high_freq_factor=1"], None, ("model.rope.high_freq_factor is 1",)),
@@ -47,6 +48,7 @@ REFUSED: list[tuple[list[str], int | None, tuple[str, ...]]] = [
     (["memory_hierarchy.l1.window=200"], None, ("memory_hierarchy.l1.window is 200", "multiple", "chunk_size (128)")),
     (["memory_hierarchy.l1.window=1000"], None, ("memory_hierarchy.l1.window is 1000", "multiple")),
     (["memory_hierarchy.l1.window=256"], None, ("memory_hierarchy.l1.window is 256", "block core", "512")),
+    (["memory_hierarchy.l2.min_span=1"], None, ("memory_hierarchy.l2.min_span is 1", "greater than 1")),
     (["memory_hierarchy.l2.min_span=0.5"], None, ("memory_hierarchy.l2.min_span is 0.5", "at least 1")),
     (["memory_hierarchy.l2.min_span=8", "memory_hierarchy.l2.max_span=4"], None,
      ("memory_hierarchy.l2.max_span is 4", "min_span (8")),
