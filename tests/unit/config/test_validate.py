@@ -112,7 +112,7 @@ ALLOWED: list[tuple[list[str], int | None]] = [
     (["attention.variant=gqa", "routing.mode=top1"], 1),
     (["memory_hierarchy.l2.enabled=false"], 1),
     (["memory_hierarchy.l1.window=512"], 1),
-    (["memory_hierarchy.l2.min_span=1", "memory_hierarchy.l2.max_span=1"], 1),
+    (["memory_hierarchy.l2.min_span=2", "memory_hierarchy.l2.max_span=2"], 1),
     (["training.schedule=wsd", "training.decay_steps=360"], 1),
     (["training.schedule=cosine", "training.decay_steps=4000"], 1),
     (["engine.zero_stage=3", "engine.offload_param=cpu", "engine.offload_optimizer=nvme", "engine.nvme_path=/tmp"], 1),
