@@ -1,7 +1,7 @@
 """One training run: data, model, engine, resume, steps, evaluations, checkpoints, summary.
 
-Every rank runs the same code; rank 0 alone holds a Monitor and a display. The position in the data is
-`step * global_batch_size` consumed samples, and nothing else.
+Every rank runs the same code; rank 0 alone holds a Monitor and a display. The position in the data is the
+number of consumed samples, global_batch_size per step, and nothing else; the checkpoint holds it.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class Run:
         self.peak_flops = device_peak(config, topology.device)
         self.checkpoint, state = resume(self.engine, config.training)
         self.first_step = self.engine.step
-        self.consumed_samples: int = state.get("consumed_samples", 0)
-        self.evaluations = [Evaluation(**entry) for entry in state.get("evaluations", [])]
+        self.consumed_samples: int = state["consumed_samples"] if state else 0
+        self.evaluations = [Evaluation(**entry) for entry in state["evaluations"]] if state else []
         self.tally = Tally()
         self.train_loss: float | None = None
         self.monitor = self._monitor(self.display) if self.display is not None else None
@@ -239,7 +239,7 @@ class Run:
         if self.monitor is not None:
             self.monitor.save_metrics(metrics(summary, self.config, self.peak_flops))
             title = f"{self.config.attention.variant}, {self.output_dir}"
-            self.monitor.finish(title, rows(summary))
+            self.monitor.finish(title, rows(summary, self.config))
             if signalled is not None:
                 self.monitor.say(
                     f"interrupted by {signalled.name} at step {summary.step}, "
@@ -286,7 +286,7 @@ class Run:
         per_token = self.flops.training_per_token(config.data.sequence_length)
         self.monitor.say(
             f"{config.attention.variant}: {self.parameters:,} parameters, {per_token / 1e6:,.1f} MFLOP per token; "
-            f"{topology.world_size} ranks on {topology.device.type} (tensor {topology.tp_size} x data {topology.dp_size}), "
+            f"{topology.world_size} x {topology.device.type} (tensor {topology.tp_size} x data {topology.dp_size}), "
             f"{torch.get_num_threads()} threads each; ZeRO {config.engine.zero_stage}, {self.engine.optimizer_name}, "
             f"{config.training.precision}"
         )

@@ -26,7 +26,11 @@ class PeerFailedError(RuntimeError):
 
 
 def check_output(training: TrainingConfig) -> None:
-    """Create output_dir. Raises ConfigError where that fails, or where a fresh start would replace checkpoints."""
+    """Create output_dir.
+
+    Raises:
+        ConfigError: it cannot be created, or the run would mix its checkpoints with those of another future.
+    """
     try:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,12 +39,22 @@ def check_output(training: TrainingConfig) -> None:
             training.output_dir,
             f"it cannot be created ({error.strerror}); choose another",
         ) from None
-    if training.resume == "none" and any(Path(training.output_dir, "checkpoints").glob("step-*")):
+    if training.resume == "auto":
+        return
+    present = Path(training.output_dir, "checkpoints")
+    chosen = Path(training.resume)
+    if training.resume == "none":
+        later = list(present.glob("step-*"))
+    elif chosen.resolve().parent == present.resolve():
+        later = [path for path in present.glob("step-*") if path.name > chosen.name]
+    else:
+        later = []
+    if later:
         raise refuse(
             "training.resume",
-            "none",
-            f"{training.output_dir} holds checkpoints that the run would replace; "
-            "choose another training.output_dir, or auto to go on from them",
+            training.resume,
+            f"{present} holds later checkpoints, which auto would go on from; move {max(later).name} "
+            "and its like away, or choose another training.output_dir",
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from mka_megatron.config.schema import Config
@@ -103,7 +102,7 @@ def metrics(summary: Summary, config: Config, peak_flops: float | None) -> dict[
     }
 
 
-def rows(summary: Summary) -> list[tuple[str, str | None]]:
+def rows(summary: Summary, config: Config) -> list[tuple[str, str | None]]:
     """(name, value) for the table at the end."""
     last, speed = summary.evaluation, summary.throughput
     rate = speed.tokens_per_second
@@ -124,7 +123,10 @@ def rows(summary: Summary) -> list[tuple[str, str | None]]:
         ("peak memory of a rank", f"{summary.peak_memory_gib:.2f} GiB"),
         ("checkpoint", summary.checkpoint),
         ("metrics", summary.metrics),
-        ("TensorBoard", f"tensorboard --logdir {Path(summary.metrics).parent}"),
+        (
+            "TensorBoard",
+            f"tensorboard --logdir {config.training.output_dir}" if config.logging.tensorboard else None,
+        ),
     ]
 
 

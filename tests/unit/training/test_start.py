@@ -17,9 +17,23 @@ def test_a_fresh_start_keeps_its_hands_off_checkpoints(tmp_path) -> None:
     check_output(fresh)
     check_output(fresh)
     (tmp_path / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"^training\.resume is none: .* holds checkpoints .*\.$"):
+    with pytest.raises(ConfigError, match=r"^training\.resume is none: .* holds later checkpoints, .*move step-00000008 .*\.$"):
         check_output(fresh)
     check_output(TrainingConfig(output_dir=str(tmp_path / "run"), resume="auto"))
+
+
+def test_going_back_does_not_leave_later_checkpoints_behind(tmp_path) -> None:
+    for step in (8, 16):
+        (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+    def start(step: int, output: str = "run") -> None:
+        path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        check_output(TrainingConfig(output_dir=str(tmp_path / output), resume=str(path)))
+
+    start(16)
+    start(8, output="elsewhere")
+    with pytest.raises(ConfigError, match=r"^training\.resume is .* move step-00000016 .*\.$"):
+        start(8)
 
 
 def test_an_output_directory_that_cannot_be(tmp_path) -> None:
