@@ -32,6 +32,21 @@ WORLD_SIZE="$NPROC" python -m mka_megatron.training "$CONFIG" "$@" --print-confi
 
 threads=$(($(nproc) / NPROC))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-exec python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$NPROC" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=600 \
-    -m mka_megatron.training "$CONFIG" "$@"
+# torchrun answers a signal with a traceback and exit code 1, so signals go past it: it runs in a session of its
+# own, its ranks get the signal, save, and end with 0, and so does it.
+setsid python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$NPROC" \
+    --shutdown-timeout=600 -m mka_megatron.training "$CONFIG" "$@" &
+runner=$!
+ranks() { cat "/proc/$runner/task"/*/children 2>/dev/null || pgrep -P "$runner"; }
+forward() {
+    local pids
+    pids="$(ranks)"
+    # shellcheck disable=SC2086 - one word per rank
+    kill -s "$1" ${pids:-$runner} 2>/dev/null || true
+}
+for signal in TERM INT HUP USR1; do
+    # shellcheck disable=SC2064 - the name of this signal
+    trap "forward $signal" "$signal"
+done
+while kill -0 "$runner" 2>/dev/null; do wait "$runner" || true; done
+wait "$runner"
