@@ -8,23 +8,20 @@ hang or kill the others: all learn of it, and the older checkpoints stay.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from mka_megatron.parallel import rng
 from mka_megatron.training import manifest, swapped
 from mka_megatron.training.engine import Engine
 from mka_megatron.training.manifest import Checkpoint, CheckpointError
+from mka_megatron.training.writer import Writer
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "newest_intact", "save"]
 
@@ -45,7 +42,8 @@ def save(engine: Engine, output_dir: str | Path, step: int, state: dict[str, Any
         output_dir: the run's folder, on a file system that all ranks share.
         step: optimizer steps taken.
         state: the caller's own state (JSON values, equal on every rank), which `load` returns.
-        keep_last: newest checkpoints to keep; older ones are removed once this one is published.
+        keep_last: newest checkpoints to keep; older ones are removed once this one is published, and so are
+            those of later steps, from which this run has gone back.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; older checkpoints are untouched.
@@ -55,7 +53,7 @@ def save(engine: Engine, output_dir: str | Path, step: int, state: dict[str, Any
     files: dict[str, dict[str, Any]] = {}
     problem = _on_rank_0(lambda: _prepare(parent, temporary))
     if problem is None:
-        writer = _Writer(temporary)
+        writer = Writer(temporary)
         _write(engine, temporary, writer)
         files, problem = _agree(writer)
     if problem is None:
@@ -73,7 +71,7 @@ def save(engine: Engine, output_dir: str | Path, step: int, state: dict[str, Any
         raise CheckpointError(
             f"checkpoint {final} could not be written ({problem}); older checkpoints in {parent} are untouched."
         )
-    _on_rank_0(lambda: _prune(parent, keep_last))
+    _on_rank_0(lambda: _prune(parent, step, keep_last))
     return final
 
 
@@ -124,88 +122,7 @@ def load(engine: Engine, checkpoint: Checkpoint | str | Path) -> dict[str, Any]:
     return checkpoint.body["state"]
 
 
-class _HashingFile(io.RawIOBase):
-    """A file that torch.save writes to; remembers size, SHA-256 and the operating system's first refusal."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "wb")
-        self.digest, self.size = hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def finish(self) -> dict[str, Any]:
-        try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
-        return {"size": self.size, "sha256": self.digest.hexdigest()}
-
-
-class _Writer(CheckpointEngine):
-    """Writes this rank's files, DeepSpeed's included, and remembers failure instead of raising it.
-
-    DeepSpeed's ranks meet in barriers while they save: one that raised would leave the others there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, dict[str, Any]] = {}
-        self.problem: str | None = None
-
-    def save(self, state_dict: Any, path: str | Path) -> None:
-        if self.problem is not None:
-            return
-        file = None
-        try:
-            file = _HashingFile(Path(path))
-            torch.save(state_dict, cast(IO[bytes], file))
-            entry = file.finish()
-        except (OSError, RuntimeError) as error:  # torch.save turns a refused write into a RuntimeError
-            cause = (file and file.error) or error
-            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-            self.problem = f"rank {_rank()}, {Path(path).name}: {reason}"
-            if file is not None:
-                _close_quietly(file)
-            return
-        self.files[str(Path(path).relative_to(self.folder))] = entry
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.problem = self.problem or f"rank {_rank()}: {error}"
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        raise NotImplementedError("this checkpoint engine only writes")
-
-    def create(self, info: CheckpointCommitInfo) -> None:
-        pass
-
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        return True
-
-
-def _close_quietly(file: _HashingFile) -> None:
-    try:
-        file.file.close()
-    except OSError:
-        pass
-
-
-def _write(engine: Engine, temporary: Path, writer: _Writer) -> None:
+def _write(engine: Engine, temporary: Path, writer: Writer) -> None:
     """This rank's files."""
     if swapped.applies(engine):
         swapped.save(engine, temporary, writer.save)
@@ -222,7 +139,7 @@ def _write(engine: Engine, temporary: Path, writer: _Writer) -> None:
     writer.save(rng.capture(), temporary / _rng_name())
 
 
-def _agree(writer: _Writer) -> tuple[dict[str, dict[str, Any]], str | None]:
+def _agree(writer: Writer) -> tuple[dict[str, dict[str, Any]], str | None]:
     """All ranks' files, and the first rank's problem if any had one."""
     gathered: list[Any] = [None] * _world_size()
     dist.all_gather_object(gathered, (writer.files, writer.problem))
@@ -266,8 +183,10 @@ def _publish(temporary: Path, final: Path, body: dict[str, Any]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prune(parent: Path, keep_last: int) -> None:
-    for step in sorted(_steps(parent))[: -max(1, keep_last)]:
+def _prune(parent: Path, newest: int, keep_last: int) -> None:
+    steps = _steps(parent)
+    kept = sorted(step for step in steps if step <= newest)[-max(1, keep_last) :]
+    for step in set(steps) - set(kept):
         path = parent / f"{_PREFIX}{step:08d}"
         doomed = parent / f"{_TEMPORARY}old-{path.name}"
         path.rename(doomed)  # never half a checkpoint under a published name

@@ -50,7 +50,7 @@ def draws() -> list[float]:
     """One number of each generator."""
     with get_cuda_rng_tracker().fork():
         tracked = float(torch.rand(()))
-    return [random.random(), float(np.random.rand()), float(torch.rand(())), tracked]
+    return [random.random(), float(np.random.rand()), float(torch.rand(())), tracked]  # noqa: S311
 
 
 def resume(case: list[str], topology: Topology, folder: Path) -> dict:
@@ -153,8 +153,11 @@ def damage(topology: Topology, folder: Path) -> dict:
     checkpoint.save(engine, folder, 5, {}, keep_last=1)
     newest()
     left = names(folder)
+    # Going back: later steps are another history, which must not be resumed from.
+    checkpoint.save(engine, folder, 3, {}, keep_last=2)
+    back = names(folder)
     engine.close()
-    return {"kept": kept, "found": found, "log": log.lines, "refused": refused, "untouched": untouched, "left": left}
+    return {"back": back, "kept": kept, "found": found, "log": log.lines, "refused": refused, "untouched": untouched, "left": left}
 
 
 def mismatches(topology: Topology, folder: Path) -> dict:

@@ -25,13 +25,13 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None
     """A file system with room for two checkpoints; None where this user may not mount one."""
     folder = tmp_path_factory.mktemp("disk")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True, check=False,  # noqa: S607
     )
     if mounted.returncode != 0:
         yield None
         return
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", str(folder)], check=True)  # noqa: S607
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,11 @@ def test_the_newest_intact_checkpoint_is_found(results: dict) -> None:
         assert rank["kept"] == [f"step-0000000{step}" for step in (2, 3, 4, 5)]
         assert rank["found"] == [5, 4, 3, 2, None, 5]
         assert rank["left"] == ["step-00000005"]
+
+
+def test_going_back_removes_the_later_checkpoints(results: dict) -> None:
+    for rank in results["damage"]:
+        assert rank["back"] == ["step-00000003"]
 
 
 def test_what_is_wrong_with_a_passed_over_checkpoint_is_said_once_and_by_name(results: dict) -> None:
