@@ -63,7 +63,7 @@ dist.destroy_process_group()
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path) -> None:
     ranks = [
-        subprocess.Popen(  # noqa: S603
+        subprocess.Popen(
             [sys.executable, "-c", _RANK, str(rank), str(tmp_path / "store")],
             stdout=subprocess.PIPE,
             text=True,
