@@ -1,0 +1,66 @@
+"""Which differences between a checkpoint and a run are refused, without running either."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mka_megatron.config.schema import (
+    AttentionConfig,
+    Config,
+    ModelConfig,
+    RopeConfig,
+    RoutingConfig,
+    TrainingConfig,
+)
+from mka_megatron.training import checkpoint
+from mka_megatron.training.checkpoint import Checkpoint, CheckpointError
+
+
+def engine(config: Config, world_size: int = 2, optimizer: str = "AdamW") -> Any:
+    topology = SimpleNamespace(world_size=world_size, tp_size=1, dp_size=world_size)
+    return SimpleNamespace(config=config, topology=topology, optimizer_name=optimizer)
+
+
+def written_by(writer: Any) -> Checkpoint:
+    body = {"layout": checkpoint._layout(writer), "config": asdict(writer.config)}
+    return Checkpoint(Path("runs/a/checkpoints/step-00000004"), body)
+
+
+@pytest.mark.parametrize(
+    ("reader", "sentence"),
+    [
+        (engine(Config(), world_size=1), "world size 2, but this run has 1"),
+        (engine(Config(), optimizer="FusedAdam"), "optimizer AdamW, but this run has FusedAdam"),
+    ],
+)
+def test_another_layout(reader: Any, sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoint._check_layout(reader, written_by(engine(Config())))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (Config(attention=AttentionConfig(variant="gqa")), "attention.variant fastmka, but this run has gqa"),
+        (Config(model=ModelConfig(rope=RopeConfig(theta=1e4))), "model.rope.theta 1000000.0, but this run has 10000.0"),
+        (Config(routing=RoutingConfig(mode="top1")), "routing.mode soft, but this run has top1"),
+    ],
+)
+def test_another_model(config: Config, sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoint._check_model(engine(config), written_by(engine(Config())))
+
+
+def test_what_only_starts_a_run_may_differ() -> None:
+    """The weights that were imported, the blend's first value, and how long the run goes on."""
+    config = Config(
+        model=ModelConfig(init_from="/models/qwen"), routing=RoutingConfig(beta_init=0.5),
+        training=replace(TrainingConfig(), steps=9, learning_rate=1.0),
+    )
+    checkpoint._check_model(engine(config), written_by(engine(Config())))
+    checkpoint._check_layout(engine(config), written_by(engine(Config())))
