@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +29,22 @@ def torchrun(script: str | Path, *arguments: object, ranks: int, timeout: float,
         str(script), *map(str, arguments),
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | (environment or {})
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    process = subprocess.Popen(
+        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end_tree(process)
+        raise
     if check:
-        assert done.returncode == 0, f"{script} on {ranks} ranks failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    return done
+        assert process.returncode == 0, f"{script} on {ranks} ranks failed:\n{out[-4000:]}\n{err[-8000:]}"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def end_tree(process: subprocess.Popen[Any]) -> None:
+    """Kill a launcher and the ranks it started: killed alone, torchrun leaves them behind."""
+    main = psutil.Process(process.pid)
+    for each in [*main.children(recursive=True), main]:
+        each.kill()
+    process.wait()

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from tests.helpers.launch import ROOT, free_port
+from tests.helpers.launch import ROOT, end_tree, free_port
 
 CONFIG = ROOT / "configs" / "run" / "tiny.yaml"
 MODULE = "mka_megatron.training"
@@ -91,10 +91,7 @@ class Run:
 
     def end(self) -> None:
         """Kill what is left of it."""
-        main = psutil.Process(self.process.pid)
-        for process in [*main.children(recursive=True), main]:
-            process.kill()
-        self.process.wait()
+        end_tree(self.process)
 
     def text(self) -> str:
         """What it printed so far."""
