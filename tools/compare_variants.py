@@ -60,14 +60,14 @@ def run(name: str, arguments: argparse.Namespace) -> dict:
 def markdown(rows: dict[str, dict]) -> str:
     """One line per variant: what was trained, and the held-out figures at its end."""
     lines = [
-        "| variant | parameters | train loss | held-out loss | held-out perplexity | tokens/s |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| variant | parameters | train loss | held-out loss | held-out perplexity |",
+        "| --- | --: | --: | --: | --: |",
     ]
     for name, run_metrics in rows.items():
-        final, speed = run_metrics["final"], run_metrics["throughput"]
+        final = run_metrics["final"]
         lines.append(
             f"| {name} | {run_metrics['parameters']:,} | {final['train_loss']:.3f} | {final['valid_loss']:.3f} "
-            f"| {final['valid_perplexity']:.2f} | {speed['tokens_per_second']:,.0f} |"
+            f"| {final['valid_perplexity']:.2f} |"
         )
     bigram = next(iter(rows.values()))["final"]["bigram_perplexity"]
     return "\n".join(lines) + f"\n\nBigram model on the same held-out tokens: perplexity {bigram:.2f}.\n"
