@@ -86,6 +86,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_parallel,
         sequence_parallel=parallel.sequence_parallel,
         bias_activation_fusion=on_cuda,
+        use_te_activation_func=not on_cuda,  # the spec's own activation module, model/swiglu.py
         bias_dropout_fusion=on_cuda,
         gradient_accumulation_fusion=False,
         recompute_granularity="full" if full else None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -17,6 +17,7 @@ from mka_megatron.config.schema import Config
 from mka_megatron.model.latent_attention import LatentSelfAttention
 from mka_megatron.model.norm import HeadNorm, RMSNorm
 from mka_megatron.model.self_attention import GroupedSelfAttention
+from mka_megatron.model.swiglu import SwiGLU
 
 
 def block_spec(config: Config) -> TransformerBlockSubmodules:
@@ -36,7 +37,14 @@ def layer_spec(config: Config) -> ModuleSpec:
             self_attention=_ATTENTION[variant.projection](config, variant, backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=backend.column_parallel_linear(),
+                    linear_fc2=backend.row_parallel_linear(),
+                    activation_func=SwiGLU,
+                ),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
