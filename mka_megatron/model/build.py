@@ -43,6 +43,8 @@ def build_model(config: Config, topology: Topology, vocab_size: int,
         model = GPT(config, transformer_config(config), block_spec(config), rope, topology, vocab_size, padded)
         if construction is None:
             model.to(topology.device)
+    for buffer in model.buffers():  # ZeRO-3 construction places parameters only
+        buffer.data = buffer.data.to(topology.device)
     sum_partial_gradients(model, topology.tp_group)
     if config.model.init_from is not None:
         from mka_megatron.model.weights import load_hf_weights
