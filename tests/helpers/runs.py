@@ -33,6 +33,7 @@ class Workplace:
             "model.num_attention_heads=4", "model.num_kv_heads=2", "model.head_dim=16",
             "routing.gate_hidden_size=16", "training.micro_batch_size=2", "training.global_batch_size=4",
             "training.steps=60", "training.warmup_steps=5", "training.learning_rate=5e-3",
+            "training.min_learning_rate=2e-4",
             "training.eval_interval=15", "training.eval_batches=8", "training.save_interval=8",
             "logging.interval=5",
         ]
