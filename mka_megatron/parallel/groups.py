@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,11 +103,18 @@ def initialize(parallel: ParallelConfig, timeout_seconds: int = 1800, seed: int 
 
 
 def destroy() -> None:
-    """Tear the groups down; a process that exits without it may abort."""
+    """Tear the groups down.
+
+    A gloo group that is still referenced when the interpreter shuts down can abort the process after all
+    its work is done, so what Megatron forgets is cleared and reference cycles are collected; callers must
+    not keep a :class:`Topology` in a global.
+    """
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
 
 
 class MegatronMPU:

@@ -160,6 +160,7 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; call it before the process groups are destroyed."""
         self.deepspeed.destroy()
+        deepspeed.utils.groups.mpu = None  # it would keep every process group alive until the interpreter ends
 
     def _count_labels(self, micro_batches: Sequence[Batch]) -> int:
         count = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()

@@ -49,7 +49,7 @@ def test_handlers_are_restored() -> None:
 
 
 _RANK = """
-import os, signal, sys
+import gc, os, signal, sys
 import torch.distributed as dist
 from mka_megatron.training.interrupt import Interrupt
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -62,7 +62,9 @@ with Interrupt(dist.group.WORLD) as request:
         if number is not None:
             print(step, number.name, flush=True)
             break
+del request
 dist.destroy_process_group()
+gc.collect()  # gloo aborts a process that keeps a group until the interpreter ends
 """
 
 
