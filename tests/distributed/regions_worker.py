@@ -15,7 +15,6 @@ from mka_megatron.parallel.regions import copy_to_region, reduce_from_region
 from mka_megatron.parallel.replicated import mark_partial, sum_partial_gradients
 
 
-
 def main() -> weakref.ref:
     """Runs the cases; returns a reference to a group that nothing may keep alive."""
     topology = groups.initialize(ParallelConfig(tensor_parallel=2))
