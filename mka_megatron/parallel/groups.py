@@ -111,7 +111,7 @@ def destroy() -> None:
     """
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
