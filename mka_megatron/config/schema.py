@@ -91,8 +91,12 @@ class MLAConfig:
 class AttentionConfig:
     """Which attention the layers compute."""
 
-    variant: Literal["mha", "mqa", "gqa", "mla", "mka", "fastmka"] = "fastmka"
+    variant: Literal["mha", "mqa", "gqa", "mla", "mka", "fastmka", "blockmka"] = "fastmka"
     """Attention variant; see docs/attention.md."""
+    core: Literal["dense", "block"] = "dense"
+    """fastmka: attend to every token, or to a window, chunk summaries and recalled chunks (blockmka always does)."""
+    block_backend: Literal["auto", "flex", "reference"] = "auto"
+    """Block core: FlexAttention, or tiles gathered by PyTorch; auto: flex on CUDA, reference elsewhere."""
     mixture: Literal["output", "score"] = "output"
     """mka: mix the levels' outputs (Algorithm 1) or their scores under one softmax (eq. 5)."""
     fuse: Literal["kv", "k", "v"] = "kv"
@@ -149,14 +153,30 @@ class L2Config:
 
 @dataclass(frozen=True)
 class L3Config:
-    """L3: long-term memory recalled by hash (not available yet: see README, limits)."""
+    """L3: long-term memory, chunks recalled by hash."""
 
     enabled: bool = False
     """Offer recalled chunks to the gate."""
+    recalled_chunks: int = 8
+    """Chunks recalled per (query chunk, KV head)."""
+    selection: Literal["hash", "exact"] = "hash"
+    """hash: nearest codes by Hamming distance; exact: largest dot products, the yardstick for it."""
+    hash_bits: int = 64
+    """Length of a code, a multiple of 64."""
+    hash_tables: int = 1
+    """Independent codes per chunk; the distance is the smallest over them."""
+    hash_seed: int = 0
+    """Seed of the planes, which are kept in the checkpoint."""
     placement: Literal["dram", "ssd"] = "dram"
-    """Slowest tier the level may use."""
+    """Slowest tier of earlier segments' chunks (training.segment_length)."""
+    hbm_pool_gib: float = 0.0
+    """Budget in GiB of the hot pages kept on the device."""
     dram_pool_gib: float | None = None
-    """Budget of the pinned DRAM pool in GiB."""
+    """Budget in GiB of the (pinned) DRAM pool; null: as much as needed."""
+    ssd_pool_gib: float | None = None
+    """Budget in GiB of the files in ssd_spill_path; null: the disk's free space."""
+    when_full: Literal["stop", "evict"] = "stop"
+    """The slowest tier is full: stop the run, or forget the oldest pages."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,7 @@ class MemoryConfig:
     l3: L3Config = field(default_factory=L3Config)
     """Recalled chunks."""
     ssd_spill_path: str | None = None
-    """Directory of the L3 SSD tier."""
+    """Directory of the L3 SSD tier (l3.placement ssd)."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +301,11 @@ class TrainingConfig:
     """Steps between checkpoints; 0: only at the end and on a signal."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed once a newer one is published."""
+    segment_length: int | None = None
+    """Block core: slots of a sample processed at a time, a multiple of chunk_size; earlier segments are seen
+    through their summaries and recalled chunks, without gradient. null: the whole sample at once."""
+    segments_per_step: int | None = None
+    """Segments per optimizer step; null: all of a sample."""
     resume: str = "auto"
     """auto: newest intact checkpoint of output_dir, if any; none: start fresh in an empty output_dir;
     or the path of one checkpoint."""

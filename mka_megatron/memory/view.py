@@ -1,0 +1,133 @@
+"""What the tokens at hand see of the tokens before them: nothing, earlier segments, or other ranks' shards.
+
+Shapes: B batch, S slots at hand, G KV heads, d head channels, C chunk size, n chunks at hand, N chunks before and
+at hand, R recalled chunks, M pages, Q = 16 queries that select.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mka_megatron.memory.chunks import Chunks
+from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.hashing import Selector
+
+SELECTING_QUERIES = 16
+"""Tokens before a chunk whose mean query selects its recalled chunks."""
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """One entry per chunk, of consecutive chunks from the row's first (or, not yet joined, those at hand)."""
+
+    k: Tensor
+    """[B, N, G, d] mean keys, rotated at the chunk's last position (block core) or raw (dense core)."""
+    v: Tensor
+    """[B, N, G, d] mean values."""
+    signature: Tensor | None
+    """[B, N, G, W] int64 codes, or fp64 centred mean keys where selection is exact; None without recall."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Recalled chunks that do not lie in the keys at hand or in the halo."""
+
+    k: Tensor
+    """[B, G, M, C, d] rotated keys; M may be 0."""
+    v: Tensor
+    """[B, G, M, C, d] values."""
+    lengths: Tensor
+    """[B, G, M] int64 tokens of each."""
+    index: Tensor
+    """[B, n, G, R] int64 into (halo chunks, chunks at hand, pages), -1 = none: what to attend to instead of
+    chunk numbers."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a later segment needs of this one, detached; committed after its backward."""
+
+    k: Tensor
+    """[B, S, G, d] rotated keys."""
+    v: Tensor
+    """[B, S, G, d] values."""
+    summaries: Summaries
+    """Of the chunks at hand."""
+    queries: Tensor | None
+    """[B, Q, G, d] fp64 integers: the last queries, as `View.queries` gives them; None without recall."""
+    carry_k: Tensor | None
+    """[B, G, d] EMA state of the keys after the last slot; None where nothing is fused."""
+    carry_v: Tensor | None
+    """[B, G, d] the same of the values."""
+
+
+class View(Protocol):
+    """Every method is pure: a recomputed forward gets the same answers."""
+
+    def carry(self, name: str, x: Tensor, decay: Tensor, documents: Documents) -> Tensor | None:
+        """EMA state [B, G, d] before slot 0 of `x` [B, S, G, d] (name: "k" or "v"), to be passed to summary.ema;
+        x[:, 0] in rows whose document begins at slot 0; None: every row begins afresh."""
+
+    def halo(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+        """The h = min(chunks, first) chunks directly before those at hand: [B, h*C, G, d] of each, given the rotated
+        keys and the values at hand [B, S, G, d]."""
+
+    def queries(self, local: Tensor) -> Tensor | None:
+        """[B, Q, G, d] fp64 integers: the fixed-point selecting queries of the last Q tokens before slot 0 (whatever
+        their document), oldest first, given `local`: the same of the last Q tokens at hand. None: there are none."""
+
+    def summaries(self, local: Summaries) -> Summaries:
+        """Those of all chunks from the row's first to at least the last at hand, given those at hand."""
+
+    def pages(self, recalled: Tensor, halo: int, k: Tensor, v: Tensor) -> Pages:
+        """The chunks `recalled` [B, n, G, R] by number in the row (-1: none), given halo chunks held and the rotated
+        keys and values at hand [B, S, G, d]."""
+
+    def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense core: keys and values [B, T, G, d] of the row's slots up to at least the last at hand."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The slots at hand are the whole rows."""
+
+    def carry(self, name: str, x: Tensor, decay: Tensor, documents: Documents) -> None:
+        """No state comes in."""
+        return None
+
+    def halo(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+        """Nothing lies before."""
+        return k[:, :0], v[:, :0]
+
+    def queries(self, local: Tensor) -> None:
+        """Nothing lies before."""
+        return None
+
+    def summaries(self, local: Summaries) -> Summaries:
+        """Those at hand are all."""
+        return local
+
+    def pages(self, recalled: Tensor, halo: int, k: Tensor, v: Tensor) -> Pages:
+        """Every chunk is at hand: no page."""
+        batch, _, groups, channels = k.shape
+        none = k.new_empty(batch, groups, 0, 1, channels)
+        return Pages(none, none, recalled.new_empty(batch, groups, 0), recalled)
+
+    def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Those at hand are all."""
+        return k, v
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory that a variant attends with, beside its route."""
+
+    view: View = Alone()
+    """Tokens before those at hand."""
+    chunks: Chunks | None = None
+    """Chunks of the rows; None where neither the block core nor L3 needs any."""
+    selector: Selector | None = None
+    """How chunks are recalled; None without L3."""
