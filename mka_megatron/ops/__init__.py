@@ -1,0 +1,1 @@
+"""Fused operations: one folder each, whose `__init__` is the contract and whose `reference` is the specification."""
