@@ -1,17 +1,19 @@
-"""Document boundaries of a packed batch. Shapes: B batch, S sequence."""
+"""Document boundaries of a packed batch. Shapes: B batch, S sequence (slots), T tokens of a document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 T = TypeVar("T")
+Span = tuple[int, int, int]
+"""(row, first slot, past the last slot)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,17 +21,26 @@ class Documents:
     """Where the documents of a [B, S] batch lie: everything that has to reset at a boundary reads this.
 
     The tensors may live on any device; the spans are host integers, so that planning over documents
-    never waits for a device. Build it with :meth:`from_starts` or :meth:`whole`.
+    never waits for a device. Build it with :meth:`from_starts` or :meth:`unpacked`, and take :meth:`part` of it.
     """
 
     starts: Tensor
-    """[B, S] bool: a document's first token; column 0 is always True."""
+    """[B, S] bool: a document's first slot; column 0 is always True."""
     padding: Tensor | None
-    """[B, S] bool: slots that hold no token, at the tail of a document or filling a row; None: no padding."""
+    """[B, S] bool: slots that hold no token, inside a document (gaps), at its tail or filling a row; None: none."""
     positions: Tensor
-    """[B, S] int64: a token's place in its document; 0 on padding."""
-    spans: tuple[tuple[int, int, int], ...]
-    """(row, begin, end) of every document's tokens, ascending, padding excluded."""
+    """[B, S] int64: a token's place in its document, padding not counted; 0 on padding."""
+    spans: tuple[Span, ...]
+    """Every document with tokens, ascending: from its first token (slot 0, where it goes on there) to past its last,
+    gaps included."""
+    runs: tuple[Span, ...]
+    """Every contiguous run of a document's tokens, ascending."""
+    gaps: bool
+    """Some document has padding before its last token."""
+    whole: Documents | None = None
+    """The rows that these slots are a part of; None: these are whole rows."""
+    begin: int = 0
+    """Slot of `whole` that is slot 0 here."""
 
     _derived: dict[Callable[[Documents], Any], Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -37,8 +48,8 @@ class Documents:
     def from_starts(starts: Tensor, padding: Tensor | None = None) -> Documents:
         """Documents of [B, S] bool `starts` and `padding`; reads values, so call it with CPU tensors.
 
-        Raises ValueError when column 0 of `starts` is not all True, when the shapes differ, or when a token
-        follows padding without a start, or a start lies on padding (other than in a row without tokens).
+        Raises ValueError when column 0 of `starts` is not all True, when the shapes differ, or when a document
+        that has tokens starts on padding.
         """
         if starts.dim() != 2 or starts.dtype != torch.bool:
             raise ValueError(
@@ -52,30 +63,57 @@ class Documents:
             )
         if padding is not None and not bool(padding.any()):
             padding = None
-        sequence = starts.shape[1]
-        slots = torch.arange(sequence, device=starts.device)
-        first = torch.where(starts, slots, 0).cummax(dim=1).values
-        positions = slots - first
-        if padding is not None:
-            _check_padding(starts, padding)
-            positions = positions.masked_fill(padding, 0)
-        spans = []
-        for row, begins in groupby(starts.nonzero().tolist(), key=lambda start: start[0]):
-            begin = [start[1] for start in begins]
-            spans += [(row, b, e) for b, e in zip(begin, [*begin[1:], sequence], strict=True)]
-        if padding is not None:
-            tokens = (~padding).long().cumsum(dim=1).tolist()
-            counts = [tokens[r][e - 1] - (tokens[r][b - 1] if b else 0) for r, b, e in spans]
-            spans = [(r, b, b + n) for (r, b, _), n in zip(spans, counts, strict=True) if n]
-        return Documents(starts, padding, positions, tuple(spans))
+        first = _first_slots(starts)
+        if padding is None:
+            positions = torch.arange(starts.shape[1], device=starts.device) - first
+            spans = _runs(starts, torch.ones_like(starts))
+            return Documents(starts, None, positions, spans, spans, False)
+        tokens = ~padding
+        positions = _ranks(tokens, first).masked_fill(padding, 0)
+        late = tokens & (positions == 0) & ~starts
+        if bool(late.any()):
+            row = int(late.any(dim=1).nonzero()[0])
+            raise ValueError(f"padding, row {row}: a document starts on padding: start it on its first token.")
+        runs = _runs(starts, tokens)
+        rows, begins = torch.tensor([run[:2] for run in runs], dtype=torch.int64).view(-1, 2).unbind(1)
+        spans = _join(runs, starts.long().cumsum(dim=1)[rows, begins].tolist())
+        return Documents(starts, padding, positions, spans, runs, runs != spans)
 
     @staticmethod
-    def whole(batch: int, sequence: int, device: torch.device | str = "cpu") -> Documents:
+    def unpacked(batch: int, sequence: int, device: torch.device | str = "cpu") -> Documents:
         """One document per row."""
         starts = torch.zeros(batch, sequence, dtype=torch.bool, device=device)
         starts[:, 0] = True
         positions = torch.arange(sequence, device=device).expand(batch, sequence)
-        return Documents(starts, None, positions, tuple((row, 0, sequence) for row in range(batch)))
+        spans = tuple((row, 0, sequence) for row in range(batch))
+        return Documents(starts, None, positions, spans, spans, False)
+
+    def part(self, begin: int, end: int) -> Documents:
+        """The slots [begin, end) of every row: spans and runs count from `begin`, positions go on.
+
+        Its `whole` are the whole rows, of which this may itself be a part. Raises ValueError for slots that are
+        not there.
+        """
+        sequence = self.starts.shape[1]
+        if not 0 <= begin < end <= sequence:
+            raise ValueError(f"slots [{begin}, {end}) are no part of rows of {sequence}.")
+        rows = self if self.whole is None else self.whole
+        low, high = self.begin + begin, self.begin + end
+        starts = rows.starts[:, low:high].clone()
+        starts[:, 0] = True
+        spans: list[Span] = []
+        runs: list[Span] = []
+        for (row, first, _), mine in zip(rows.spans, rows._runs_of_spans, strict=True):
+            here = [(row, max(b, low) - low, min(e, high) - low) for _, b, e in mine if b < high and e > low]
+            if here:
+                spans.append((row, max(first, low) - low, here[-1][2]))
+                runs += here
+        full = sum(last - first for _, first, last in runs) == starts.numel()
+        padding = None if rows.padding is None or full else rows.padding[:, low:high]
+        positions = rows.positions[:, low:high]
+        return Documents(
+            starts, padding, positions, tuple(spans), tuple(runs), runs != spans, rows, low
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
         """The same documents with their tensors on `device`."""
@@ -84,7 +122,10 @@ class Documents:
             return tensor.to(device, non_blocking=non_blocking)
 
         padding = None if self.padding is None else move(self.padding)
-        return Documents(move(self.starts), padding, move(self.positions), self.spans)
+        whole = None if self.whole is None else self.whole.to(device, non_blocking)
+        return Documents(
+            move(self.starts), padding, move(self.positions), self.spans, self.runs, self.gaps, whole, self.begin
+        )
 
     def once(self, build: Callable[[Documents], T]) -> T:
         """build(self), computed on the first call and then kept: every layer plans over the same documents."""
@@ -94,13 +135,37 @@ class Documents:
 
     @property
     def packed(self) -> bool:
-        """Some row holds more than one document."""
+        """Some row holds more than one document, or starts with padding."""
         return any(begin for _, begin, _ in self.spans)
 
     @property
     def whole_rows(self) -> bool:
         """Every row is one document without padding."""
         return self.padding is None and not self.packed
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens at hand of every document of `spans`."""
+        return tuple(sum(end - begin for _, begin, end in runs) for runs in self._runs_of_spans)
+
+    @cached_property
+    def _runs_of_spans(self) -> tuple[tuple[Span, ...], ...]:
+        if not self.gaps:
+            return tuple((run,) for run in self.runs)
+        inner: list[list[Span]] = [[] for _ in self.spans]
+        owner = 0
+        for row, begin, end in self.runs:
+            while self.spans[owner][0] < row or self.spans[owner][2] <= begin:
+                owner += 1
+            inner[owner].append((row, begin, end))
+        return tuple(map(tuple, inner))
+
+    @cached_property
+    def continues(self) -> Tensor:
+        """[B] bool: slot 0 goes on with a document that began before it."""
+        if self.whole is None:
+            return torch.zeros_like(self.starts[:, 0])
+        return ~self.whole.starts[:, self.begin]
 
     @cached_property
     def regions(self) -> tuple[tuple[slice, slice], ...]:
@@ -112,18 +177,18 @@ class Documents:
 
     @cached_property
     def held(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, times, last), int64 [P] each: every padding slot behind tokens, and the slot of the last token
-        before it, whose state it holds. Rows without tokens are in :attr:`empty` instead."""
+        """(rows, times, last), int64 [P] each: every padding slot behind tokens of its row, and the slot of the
+        last token before it, whose state it holds. Those before a row's first token are in :attr:`heads`."""
         batch, sequence = self.starts.shape
-        ends: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
-        for row, begin, end in self.spans:
-            ends[row].append((begin, end))
+        runs: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
+        for row, begin, end in self.runs:
+            runs[row].append((begin, end))
         rows: list[int] = []
         times: list[int] = []
         last: list[int] = []
-        for row, spans in enumerate(ends):
-            nexts = [*(begin for begin, _ in spans[1:]), sequence]
-            for (_, end), following in zip(spans, nexts, strict=False):
+        for row, ends in enumerate(runs):
+            nexts = [*(begin for begin, _ in ends[1:]), sequence]
+            for (_, end), following in zip(ends, nexts, strict=False):
                 rows += [row] * (following - end)
                 times += range(end, following)
                 last += [end - 1] * (following - end)
@@ -131,16 +196,101 @@ class Documents:
         return tuple(torch.tensor(part, dtype=torch.int64, device=device) for part in (rows, times, last))  # type: ignore[return-value]
 
     @cached_property
-    def empty(self) -> tuple[int, ...]:
-        """Rows that hold no token at all."""
-        return tuple(sorted(set(range(self.starts.shape[0])) - {row for row, _, _ in self.spans}))
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """(row, slots) of the rows that start with padding: the slots before the first token, S if there is none."""
+        sequence = self.starts.shape[1]
+        first = {row: begin for row, begin, _ in reversed(self.runs)}
+        begins = ((row, first.get(row, sequence)) for row in range(self.starts.shape[0]))
+        return tuple((row, begin) for row, begin in begins if begin)
+
+    @cached_property
+    def compacted(self) -> Compaction:
+        """The same tokens, those of every document moved together to its front: no gaps."""
+        tokens = torch.ones_like(self.starts) if self.padding is None else ~self.padding
+        slots = torch.arange(tokens.numel(), device=tokens.device)
+        first = _first_slots(self.starts)
+        row = slots.view(tokens.shape)[:, :1]
+        # padding goes to one slot more, so that nothing here waits for the device
+        to = torch.where(tokens, row + first + _ranks(tokens, first), tokens.numel()).flatten()
+        source = torch.full((tokens.numel() + 1,), -1, device=tokens.device).scatter(0, to, slots)[:-1]
+        into = _Move(source.clamp_min(0), source < 0)
+        back = _Move(torch.where(tokens.flatten(), to, 0), ~tokens.flatten())
+        spans = tuple(
+            (row, begin, begin + count) for (row, begin, _), count in zip(self.spans, self.lengths, strict=True)
+        )
+        documents = Documents(
+            self.starts, (source < 0).view(tokens.shape), _moved(self.positions, into), spans, spans, False
+        )
+        return Compaction(documents, into, back)
 
 
-def _check_padding(starts: Tensor, padding: Tensor) -> None:
-    resumed = ~padding[:, 1:] & padding[:, :-1] & ~starts[:, 1:]
-    blank = padding & starts & ~padding.all(dim=1, keepdim=True)
-    problems = {"a token follows padding inside a document": resumed, "a document starts on padding": blank}
-    for problem, where in problems.items():
-        if bool(where.any()):
-            row = int(where.any(dim=1).nonzero()[0])
-            raise ValueError(f"padding, row {row}: {problem}: pad the tail of a document or a whole row.")
+@dataclass(frozen=True)
+class _Move:
+    """A gather of the B*S slots."""
+
+    source: Tensor
+    """[B*S] int64: the slot that comes here."""
+    blank: Tensor
+    """[B*S] bool: none does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compaction:
+    """Rows whose documents have gaps, and the same rows without."""
+
+    documents: Documents
+    """The rows without gaps, on their own: `whole` is None."""
+    into: _Move
+    back: _Move
+
+    def take(self, x: Tensor) -> Tensor:
+        """[B, S, ...] of the rows with gaps -> the same of those without; 0 on padding. Differentiable."""
+        return _Moved.apply(x, self.into, self.back)
+
+    def put(self, x: Tensor) -> Tensor:
+        """[B, S, ...] of the rows without gaps -> the same of those with; 0 on padding. Differentiable."""
+        return _Moved.apply(x, self.back, self.into)
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, move: _Move, inverse: _Move) -> Tensor:
+        ctx.moves = (inverse, move)
+        return _moved(x, move)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Moved.apply(grad, *ctx.moves), None, None
+
+
+def _moved(x: Tensor, move: _Move) -> Tensor:
+    # [B, S, ...] -> [B*S, ...] and back
+    flat = x.flatten(0, 1).index_select(0, move.source)
+    return flat.masked_fill_(move.blank.view(-1, *(1,) * (flat.dim() - 1)), 0).view(x.shape)
+
+
+def _first_slots(starts: Tensor) -> Tensor:
+    """[B, S] int64: the first slot of every slot's document."""
+    slots = torch.arange(starts.shape[1], device=starts.device)
+    return torch.where(starts, slots, 0).cummax(dim=1).values
+
+
+def _ranks(tokens: Tensor, first: Tensor) -> Tensor:
+    """[B, S] int64: for a token, the tokens of its document before it."""
+    before = tokens.long().cumsum(dim=1) - tokens.long()
+    return before - before.gather(1, first)
+
+
+def _runs(starts: Tensor, tokens: Tensor) -> tuple[Span, ...]:
+    sealed = F.pad(starts[:, 1:] | ~tokens[:, 1:], (0, 1), value=True)
+    begins = tokens & (starts | ~F.pad(tokens[:, :-1], (1, 0)))
+    pairs = zip(begins.nonzero().tolist(), (tokens & sealed).nonzero().tolist(), strict=True)
+    return tuple((row, begin, last + 1) for (row, begin), (_, last) in pairs)
+
+
+def _join(runs: Sequence[Span], owners: Sequence[int]) -> tuple[Span, ...]:
+    """One span from the first to the last run of every (row, owner)."""
+    ends: dict[tuple[int, int], Span] = {}
+    for (row, begin, end), owner in zip(runs, owners, strict=True):
+        ends[row, owner] = (row, ends.get((row, owner), (row, begin, end))[1], end)
+    return tuple(ends.values())

@@ -31,10 +31,14 @@ def ema(x: Tensor, decay: Tensor, documents: Documents, carry: Tensor | None = N
             ignored; a row that begins afresh may carry its own x[:, 0]). None: every row starts afresh.
 
     Returns:
-        The averages, shape and dtype of x (padding behind tokens repeats the last average, a row without
-        tokens its carry or 0), and the state after the last slot, [B, ...] in fp32 (fp64 for fp64 x).
+        The averages, shape and dtype of x (padding repeats the average before it, in front of a
+        row's first token the carry or 0), and the state after the last slot, [B, ...] in fp32 (fp64 for fp64 x).
         Differentiable once in x, decay and carry.
     """
+    if documents.gaps:
+        moved = documents.compacted
+        averages, last = _Ema.apply(moved.take(x), decay, moved.documents, carry)
+        return _held(moved.put(averages), documents, carry), last
     return _Ema.apply(x, decay, documents, carry)
 
 
@@ -50,26 +54,25 @@ def prefix_mean(
             continues. None: every row starts afresh.
 
     Returns:
-        The means, shape and dtype of x (padding behind tokens repeats the last mean, a row without tokens its
-        carry's mean or 0), and (sum, count) after the last slot in fp32 (fp64 for fp64 x).
+        The means, shape and dtype of x (padding repeats the mean before it, in front of a row's first
+        token the carry's mean or 0), and (sum, count) after the last slot in fp32 (fp64 for fp64 x).
         Differentiable once in x and the carried sum.
     """
-    dtype = _state_dtype(x)
+    if documents.gaps:
+        moved = documents.compacted
+        means, state = prefix_mean(moved.take(x), moved.documents, carry)
+        before = None if carry is None else _mean(*carry)
+        return _held(moved.put(means), documents, before), state
     total, count = (None, None) if carry is None else carry
     sums, total = _PrefixSum.apply(x, documents, total)
-    counts = documents.positions + 1
-    if documents.padding is not None:
-        rows, times, last = documents.held
-        counts = counts.index_put((rows, times), counts[rows, last])
-        if documents.empty:
-            counts = counts.index_fill(0, torch.tensor(documents.empty, device=counts.device), 0)
-    counts = counts.to(dtype)
+    counts = documents.once(_counts).to(_state_dtype(x))
     if count is not None:
         first = documents.starts.long().cumsum(dim=1) == 1
         counts = torch.where(first, counts + count[:, None], counts)
-    # [B, S] -> [B, S, 1...]
-    shape = counts.shape + (1,) * (x.dim() - 2)
-    return (sums / counts.clamp_min(1).view(shape)).to(x.dtype), (total, counts[:, -1])
+    if documents.padding is not None:
+        rows, times, last = documents.held
+        counts = counts.index_put((rows, times), counts[rows, last])
+    return _mean(sums, counts).to(x.dtype), (total, counts[:, -1])
 
 
 def decay_logits(l2: L2Config, kv_heads: int, head_dim: int) -> Tensor:
@@ -164,6 +167,31 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    return total / count.clamp_min(1).view(count.shape + (1,) * (total.dim() - count.dim()))
+
+
+def _counts(documents: Documents) -> Tensor:
+    """[B, S] int64: tokens at hand of the slot's document up to it; 0 before a row's first token."""
+    slots = torch.arange(documents.starts.shape[1], device=documents.starts.device)
+    first = torch.where(documents.starts, slots, 0).cummax(dim=1).values
+    counts = documents.positions - documents.positions.gather(1, first) + 1
+    for row, slots_before in documents.heads:
+        counts[row, :slots_before] = 0
+    return counts
+
+
+def _held(y: Tensor, documents: Documents, carry: Tensor | None) -> Tensor:
+    """`y` with padding as :func:`_hold` fills it, out of place and differentiable."""
+    rows, times, last = documents.held
+    y = y.index_put((rows, times), y[rows, last])
+    if carry is None or not documents.heads:
+        return y
+    rows = torch.tensor([row for row, slots in documents.heads for _ in range(slots)], device=y.device)
+    times = torch.tensor([time for _, slots in documents.heads for time in range(slots)], device=y.device)
+    return y.index_put((rows, times), carry[rows].to(y.dtype))
+
+
 def _fresh(documents: Documents) -> tuple[Tensor, Tensor]:
     """(rows, times) of the slots whose state is their own x when every row starts afresh."""
     return _slots(documents, [(row, 0) for row in range(documents.starts.shape[0])])
@@ -186,8 +214,8 @@ def _hold(state: Tensor, documents: Documents, carry: Tensor | None) -> None:
         return
     rows, times, last = documents.held
     state[rows, times] = state[rows, last]
-    for row in documents.empty:
-        state[row] = 0 if carry is None else carry[row]
+    for row, slots in documents.heads:
+        state[row, :slots] = 0 if carry is None else carry[row]
 
 
 def _adjoint(
@@ -204,9 +232,9 @@ def _adjoint(
         behind = adjoint[rows, times]
         adjoint[rows, times] = 0
         adjoint.index_put_((rows, last), behind, accumulate=True)
-        for row in documents.empty:
-            idle[row] = adjoint[row].sum(dim=0)
-            adjoint[row] = 0
+        for row, slots in documents.heads:
+            idle[row] = adjoint[row, :slots].sum(dim=0)
+            adjoint[row, :slots] = 0
     scan_(buffer, rate, documents, reverse=True)
     if not carried:
         return adjoint, None

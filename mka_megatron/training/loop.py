@@ -28,7 +28,7 @@ from mka_megatron.parallel import groups
 from mka_megatron.parallel.groups import Topology
 from mka_megatron.training import checkpoint, profile
 from mka_megatron.training.engine import Engine, StepResult, construction_context
-from mka_megatron.training.flops import causal_pairs, model_flops, peak_flops
+from mka_megatron.training.flops import model_flops, peak_flops
 from mka_megatron.training.host import memory_gib
 from mka_megatron.training.interrupt import Interrupt
 from mka_megatron.training.monitor import Monitor
@@ -168,7 +168,7 @@ class Run:
     ) -> None:
         config = self.config
         tokens = sum(end - begin for batch in batches for _, begin, end in batch.documents.spans)
-        pairs = sum(causal_pairs(batch.documents.spans) for batch in batches)
+        pairs = sum(self.flops.pairs(batch.documents.spans) for batch in batches)
         record = StepRecord(
             step=self.engine.step,
             loss=result.loss,

@@ -32,7 +32,7 @@ def main(directories: dict[str, str], out: str, overrides: list[str]) -> None:
         engine = Engine(config, model, topology)
         model.eval()
         with torch.no_grad():
-            logits[name] = engine.deepspeed(TOKENS, Documents.whole(*TOKENS.shape)).contiguous()
+            logits[name] = engine.deepspeed(TOKENS, Documents.unpacked(*TOKENS.shape)).contiguous()
         engine.close()
     if topology.rank == 0:
         save_file(logits, out)

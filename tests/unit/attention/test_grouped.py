@@ -54,7 +54,7 @@ def test_padding_comes_out_as_zero(values: int) -> None:
 
 def test_heads_that_do_not_group_are_refused() -> None:
     with pytest.raises(ValueError, match="3 query heads over 2 KV heads"):
-        causal_attention(*inputs(3, 2, 8, 8), Documents.whole(3, 37), 0.3)
+        causal_attention(*inputs(3, 2, 8, 8), Documents.unpacked(3, 37), 0.3)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_it_runs_in_the_flash_kernel_without_repeating_heads(dtype: torch.dtype,
 def test_a_batch_of_whole_rows_is_one_call() -> None:
     given = inputs(4, 2, 8, 8)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        causal_attention(*given, Documents.whole(3, 37), 0.3)
+        causal_attention(*given, Documents.unpacked(3, 37), 0.3)
     calls = [event for event in trace.events() if event.name == "aten::scaled_dot_product_attention"]
     assert len(calls) == 1
 

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 def step(name, sequence):
     def leaf(heads, channels=16):
         return torch.randn(1, sequence, heads, channels, requires_grad=True)
-    where = Documents.whole(1, sequence)
+    where = Documents.unpacked(1, sequence)
     if name == "score":
         keys, values = [leaf(1), leaf(1)], [leaf(1), leaf(1)]
         out = score_mixture(leaf(2), keys, values, torch.zeros(1, sequence, 2, requires_grad=True), where, 0.25)

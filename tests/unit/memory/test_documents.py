@@ -35,11 +35,11 @@ def test_padding_is_in_no_span() -> None:
     assert list(zip(*(part.tolist() for part in documents.held), strict=True)) == [
         (0, 2, 1), (0, 3, 1), (0, 6, 5), (1, 5, 4), (1, 6, 4),
     ]  # fmt: skip
-    assert documents.empty == (2,)
+    assert documents.heads == ((2, 7),)
 
 
 def test_one_document_a_row_is_one_region() -> None:
-    documents = Documents.whole(3, 5)
+    documents = Documents.unpacked(3, 5)
     again = Documents.from_starts(documents.starts, torch.zeros(3, 5, dtype=torch.bool))
     for each in (documents, again):
         assert each.padding is None and each.whole_rows
@@ -64,7 +64,7 @@ def test_spans_cover_every_token_once(rows: list[list[bool]]) -> None:
 
 
 def test_derived_values_are_computed_once() -> None:
-    documents = Documents.whole(1, 2)
+    documents = Documents.unpacked(1, 2)
     calls = []
 
     def build(given: Documents) -> int:
@@ -80,8 +80,7 @@ def test_derived_values_are_computed_once() -> None:
     ("starts", "padding", "message"),
     [
         ([[False, True]], None, r"starts\[:, 0\] is False"),
-        ([[True, False, False]], [[False, True, False]], "a token follows padding inside a document"),
-        ([[True, False, True]], [[False, False, True]], "row 0: a document starts on padding"),
+        ([[True, False, True, False]], [[False, False, True, False]], "row 0: a document starts on padding"),
         ([[True, False]], [[False]], "padding has shape"),
     ],
 )

@@ -133,7 +133,7 @@ SUMMARIES = {
 def test_no_later_token_changes_a_bit(summary: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 133, 40, dtype=dtype)
-    where = Documents.whole(2, 133)
+    where = Documents.unpacked(2, 133)
     before = SUMMARIES[summary](x, where)
     for time in range(1, 133):
         changed = x.clone()
@@ -207,7 +207,7 @@ class CountOperations(TorchDispatchMode):
 
 def operations(sequence: int) -> int:
     x = torch.randn(1, sequence, 2, requires_grad=True)
-    where = Documents.whole(1, sequence)
+    where = Documents.unpacked(1, sequence)
     ema(x, torch.tensor(0.9, requires_grad=True), where)
     with CountOperations() as counter:
         ema(x, torch.tensor(0.9, requires_grad=True), where)[0].sum().backward()
@@ -235,7 +235,7 @@ def test_memory_is_linear_in_the_sequence(summary: str) -> None:
 
     x = torch.randn(1, 4096, 2, requires_grad=True)
     with Largest():
-        SUMMARIES[summary](x, Documents.whole(1, 4096)).sum().backward()
+        SUMMARIES[summary](x, Documents.unpacked(1, 4096)).sum().backward()
     # fp64 indices of the slots are as large as anything gets
     assert largest <= 2 * x.untyped_storage().nbytes()
 

@@ -24,7 +24,7 @@ def import_model(directory, topology, *overrides):
 
 def logits_of(model):
     with torch.no_grad():
-        return model(TOKENS, Documents.whole(*TOKENS.shape))
+        return model(TOKENS, Documents.unpacked(*TOKENS.shape))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +48,7 @@ def test_import_starts_function_preserving(variant, tmp_path, topology):
     gqa = import_model(tmp_path, topology)
     assert torch.equal(logits_of(ours), logits_of(gqa))
     ours.train()
-    ours(TOKENS, Documents.whole(*TOKENS.shape), TOKENS.roll(-1, 1)).sum().backward()
+    ours(TOKENS, Documents.unpacked(*TOKENS.shape), TOKENS.roll(-1, 1)).sum().backward()
     betas = [p for n, p in ours.named_parameters() if n.endswith("route.beta")]
     assert len(betas) == SHAPE["num_hidden_layers"]
     assert all(p.grad.abs().item() > 0 for p in betas)

@@ -130,7 +130,7 @@ def test_per_token_cost_is_what_pytorch_counts_in_the_model(case, topology) -> N
     model = build_model(config, topology, vocab_size)
     tokens = torch.zeros(batch, sequence, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens, Documents.whole(batch, sequence))
+        model(tokens, Documents.unpacked(batch, sequence))
     products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
     counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if op in products)
     assert counted == batch * sequence * model_flops(config, vocab_size).per_token
