@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention": {"memory", "config"},
     "parallel": {"memory", "config"},
     "data": {"memory", "config"},
+    "evaluation": {"memory", "config", "data"},
     "model": {"attention", "parallel", "memory", "config"},
     "training": {"attention", "parallel", "memory", "config", "model", "data"},
 }

@@ -1,0 +1,1 @@
+"""Public evaluation protocols: prompts, answers and scores; no model in them."""
