@@ -19,10 +19,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mka_megatron.ops.block_attention import reference
 from mka_megatron.ops.block_attention.dispatch import choose as choose
+from mka_megatron.ops.block_attention.layout import Layout
 
-LEVELS = 3
-"""Window, summaries, recalled chunks: the last axis of the bias."""
+BACKENDS = {"reference": reference.attention}
 
 
 class ChunkTable(Protocol):
@@ -102,4 +103,7 @@ def block_attention(
     Returns:
         [B, S, H, d], dtype of q. Raises ValueError when the shapes contradict each other.
     """
-    raise NotImplementedError
+    layout = Layout.of(q, k, v, summaries, recalled, bias, chunks, window, scale)
+    pages = None if recalled is None else (recalled.k, recalled.v, recalled.lengths, recalled.index)
+    tensors = (q, k, v, summaries, pages, bias, chunks.lengths, chunks.documents)
+    return BACKENDS[backend](layout, *tensors)

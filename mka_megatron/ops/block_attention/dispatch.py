@@ -21,7 +21,9 @@ def choose(wanted: str, device: str) -> str:
         raise refuse("attention.block_backend", wanted, f"choose auto, {' or '.join(BACKENDS)}")
     if backend == "flex" and device != "cuda":
         raise refuse(
-            "attention.block_backend", wanted, f"FlexAttention has no backward on {device}, choose auto or reference"
+            "attention.block_backend",
+            wanted,
+            f"FlexAttention has no backward on {device}, choose auto or reference",
         )
     _log.info("block attention: %s on %s", backend, device)
     return backend
