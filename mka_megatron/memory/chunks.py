@@ -39,15 +39,16 @@ class Chunks:
     def of(documents: Documents, size: int) -> Chunks:
         """The chunks of `documents`, of which they may be a part.
 
-        Raises ValueError when a document or the part starts off a chunk boundary.
+        Raises ValueError when a run of tokens or the part starts, or the part ends, off a chunk boundary.
         """
         whole = documents.whole or documents
-        off = [(row, begin) for row, begin, _ in whole.spans if begin % size]
-        if off:
-            raise ValueError(f"row {off[0][0]}: a document starts at slot {off[0][1]}, no multiple of the chunk size {size}.")
-        sequence = whole.starts.shape[1]
-        if documents.begin % size:
-            raise ValueError(f"the part starts at slot {documents.begin}, no multiple of the chunk size {size}.")
+        off = next(((row, begin) for row, begin, _ in whole.runs if begin % size), None)
+        if off is not None:
+            raise ValueError(f"row {off[0]}: tokens start at slot {off[1]}, no multiple of the chunk size {size}.")
+        sequence, slots = whole.starts.shape[1], documents.starts.shape[1]
+        end = documents.begin + slots
+        if documents.begin % size or (end % size and end < sequence):
+            raise ValueError(f"the part has the slots [{documents.begin}, {end}), no multiples of the chunk size {size}.")
         padding = -sequence % size
         # [B, S] -> [B, N, C]
         real = torch.ones_like(whole.starts) if whole.padding is None else ~whole.padding
@@ -55,7 +56,6 @@ class Chunks:
         lengths = real.sum(dim=2)
         ordinal = F.pad(whole.starts.long().cumsum(dim=1) - 1, (0, padding)).unflatten(1, (-1, size))[:, :, 0]
         last = F.pad(whole.positions, (0, padding)).unflatten(1, (-1, size)).amax(dim=2)
-        slots = documents.starts.shape[1]
         return Chunks(
             size, lengths, ordinal.masked_fill(lengths == 0, -1), last, documents.begin // size, -(-slots // size)
         )
