@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-from random import Random
 
 import pytest
 
@@ -14,6 +14,10 @@ TASK = "There is an important info hidden inside a lot of irrelevant text. Find 
 GARBAGE = " ".join(
     ["The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."] * 2000
 )
+
+
+def seeded(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311
 
 
 def words(text: str) -> int:
@@ -40,7 +44,7 @@ def test_the_text_is_the_published_one(before: int, after: int) -> None:
 @pytest.mark.parametrize("count", [words, letters])
 @pytest.mark.parametrize(("length", "distance"), [(900, 0), (900, 512), (2000, 1600), (1024, 700)])
 def test_length_and_distance_are_honoured(count, length: int, distance: int) -> None:
-    task, rng = Passkey(count, length, distance), Random(0)
+    task, rng = Passkey(count, length, distance), seeded(0)
     trials, shares = [task.trial(rng) for _ in range(150)], []
     for trial in trials:
         line = f"The pass key is {trial.key}. Remember it. {trial.key} is the pass key."
@@ -57,7 +61,7 @@ def test_length_and_distance_are_honoured(count, length: int, distance: int) -> 
 
 
 def test_keys_cover_their_range() -> None:
-    task, rng = Passkey(words, 200), Random(1)
+    task, rng = Passkey(words, 200), seeded(1)
     keys = [task.trial(rng).key for _ in range(400)]
     assert min(keys) >= 1 and max(keys) <= 50000
     assert min(keys) < 1000 and max(keys) > 49000 and len(set(keys)) > 390
@@ -65,9 +69,9 @@ def test_keys_cover_their_range() -> None:
 
 def test_trials_depend_on_the_generator_only() -> None:
     task = Passkey(words, 300, 60)
-    first = [task.trial(rng) for rng in [Random(5)] * 3]
-    assert first == [task.trial(rng) for rng in [Random(5)] * 3]
-    assert len(set(first)) == 1 and first[0] != task.trial(Random(6))
+    first = [task.trial(rng) for rng in (seeded(5) for _ in range(3))]
+    assert first == [task.trial(rng) for rng in (seeded(5) for _ in range(3))]
+    assert len(set(first)) == 1 and first[0] != task.trial(seeded(6))
 
 
 def test_a_length_without_room_is_refused() -> None:
