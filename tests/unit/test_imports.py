@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).parents[2] / "mka_megatron"
 # What each folder may import from the package, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
-    "memory": {"config"},
-    "attention": {"memory", "config"},
+    "ops": {"config"},
+    "memory": {"ops", "config"},
+    "attention": {"ops", "memory", "config"},
     "parallel": {"memory", "config"},
     "data": {"memory", "config"},
     "evaluation": {"memory", "config", "data"},
-    "model": {"attention", "parallel", "memory", "config"},
-    "training": {"attention", "parallel", "memory", "config", "model", "data"},
+    "model": {"attention", "parallel", "ops", "memory", "config"},
+    "training": {"attention", "parallel", "ops", "memory", "config", "model", "data"},
 }
 MEGATRON = {"model", "parallel"}
 INDEXED_DATASET = "megatron.core.datasets.indexed_dataset"
