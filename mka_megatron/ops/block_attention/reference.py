@@ -13,6 +13,7 @@ J chunks of a tile, U summaries of a block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,15 +59,14 @@ class _BlockAttention(torch.autograd.Function):
     """Keeps its arguments and the logsumexp; the backward computes the probabilities again."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, runs: list[list[Run]], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, layout: Layout, runs: list[list[Run]], *tensors: Any) -> Tensor:
         q, k, *_ = tensors
-        assert q is not None and k is not None
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         # [B, G, n, F, C]; +inf: a query that sees nothing has probabilities of 0
         shape = (len(q), k.shape[2], layout.count, q.shape[2] // k.shape[2], layout.size)
         lse = torch.full(shape, _INFINITY, dtype=wide_dtype(q), device=q.device)
         for number, of_row in enumerate(runs):
-            row = operands(layout, *(None if x is None else x[number] for x in tensors))
+            row = _row(layout, tensors, number)
             found = torch.zeros_like(row.q)
             for block in blocks(row, of_row):
                 found[:, block.at], lse[number, :, block.at] = block_forward(row, block)
@@ -86,12 +86,16 @@ class _BlockAttention(torch.autograd.Function):
             for x, needed in zip(tensors[:8], ctx.needs_input_grad[2:10], strict=True)
         ]
         for number, of_row in enumerate(ctx.runs):
-            row = operands(layout, *(None if x is None else x[number] for x in tensors))
+            row = _row(layout, tensors, number)
             found = Gradients.zeros(row)
             row_grad = keep(to_heads(grad[number], layout, len(row.keys)), row.tokens[:, None])
             for block in blocks(row, of_row):
                 block_backward(row, block, row_grad[:, block.at], lse[number, :, block.at], found)
-            for total, part in zip(grads, of_arguments(row, found, *tensors), strict=True):
+            for total, part in zip(grads, of_arguments(row, found, tensors[0][number], tensors[1][number]), strict=True):
                 if total is not None and part is not None:
                     total[number] = part
         return None, None, *grads, None, None, None
+
+
+def _row(layout: Layout, tensors: Sequence[Any], number: int) -> Row:
+    return operands(layout, *(None if x is None else x[number] for x in tensors))

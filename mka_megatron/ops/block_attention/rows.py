@@ -89,18 +89,19 @@ def operands(
     tokens = slots < lengths[..., None]
 
     def bank(x: Tensor, pages: Tensor | None) -> Tensor:
-        filled = x.new_zeros(*tokens.shape, x.shape[-1], dtype=wide)
+        filled = x.new_empty(*tokens.shape, x.shape[-1], dtype=wide)
         # [h*C + S, G, d] -> [G, h + n, C, d]
         filled[:, :held] = keep(_chunked(x, size).permute(2, 0, 1, 3), tokens[:, :held])
         if pages is not None and pages.shape[1]:
             filled[:, held:-1] = keep(pages, tokens[:, held:-1])
+        filled[:, -1] = 0
         return filled
 
     own = tokens[0, held - layout.count : held]
     return Row(
         layout=layout,
         tokens=own,
-        q=keep(to_heads(q, layout, groups), own[:, None]).mul_(layout.scale),
+        q=keep(to_heads(q, layout, groups), own[:, None]) * layout.scale,
         keys=bank(k, page_k),
         values=bank(v, page_v),
         lengths=lengths,
@@ -114,35 +115,34 @@ def operands(
     )
 
 
-def of_arguments(
-    row: Row,
-    found: Gradients,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    summary_k: Tensor | None,
-    *rest: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v, the summaries' k and v, the pages' k and v and the bias from those of the row."""
+def of_arguments(row: Row, found: Gradients, q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v, the summaries' k and v, the pages' k and v and the bias from those of the row.
+
+    q, k: [S, H, d], [h*C + S, G, d]: the row's arguments, for their shapes.
+    """
     held = row.layout.halo + row.layout.count
-    slots = k.shape[1]
     tokens = torch.arange(row.layout.size, device=q.device) < row.lengths[..., None]
-    keys, values = (keep(x, tokens) for x in (found.keys, found.values))
-    # [G, h + n, C, d] -> [h*C + S, G, d]
-    grad_k, grad_v = (x[:, :held].flatten(1, 2)[:, :slots].transpose(0, 1) for x in (keys, values))
+
+    def slots(x: Tensor) -> Tensor:
+        # [G, h + n, C, d] -> [h*C + S, G, d]
+        return keep(x[:, :held], tokens[:, :held]).flatten(1, 2)[:, : len(k)].transpose(0, 1)
+
+    def pages(x: Tensor) -> Tensor | None:
+        return keep(x[:, held:-1], tokens[:, held:-1]) if x.shape[1] > held + 1 else None
+
     bias = None
     if row.bias is not None:
-        # [3, G, n, C] -> [3, G or 1, n, C] -> [S, G or 1, 3]
         bias = found.bias if row.bias.shape[1] != 1 else found.bias.sum(dim=1, keepdim=True)
-        bias = bias.flatten(2).permute(2, 1, 0)[: q.shape[1]]
+        # [3, G or 1, n, C] -> [S, G or 1, 3]
+        bias = bias.flatten(2).permute(2, 1, 0)[: len(q)]
     return (
-        to_slots(keep(found.q, row.tokens[:, None]).mul_(row.layout.scale), q.shape[1]),
-        grad_k,
-        grad_v,
+        to_slots(keep(found.q, row.tokens[:, None]) * row.layout.scale, len(q)),
+        slots(found.keys),
+        slots(found.values),
         None if found.summary_k is None else found.summary_k.transpose(0, 1),
         None if found.summary_v is None else found.summary_v.transpose(0, 1),
-        keys[:, held:-1],
-        values[:, held:-1],
+        pages(found.keys),
+        pages(found.values),
         bias,
     )
 
@@ -153,7 +153,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def keep(x: Tensor, tokens: Tensor) -> Tensor:
     """x [..., d] with zeros, not products with zero, where `tokens` [...] is False."""
-    return torch.where(tokens[..., None], x, 0)
+    return x if bool(tokens.all()) else torch.where(tokens[..., None], x, 0)
 
 
 def _chunked(x: Tensor, size: int) -> Tensor:
