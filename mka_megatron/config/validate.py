@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mka_megatron.config.errors import ConfigError, refuse
-from mka_megatron.config.schema import Config, L3Config, ParallelConfig
-from mka_megatron.config.variants import GATED, HAS_HF_WEIGHTS, effective_kv_heads
+from mka_megatron.config.schema import Config, ParallelConfig
+from mka_megatron.config.variants import (
+    GATED,
+    HAS_HF_WEIGHTS,
+    block_core,
+    effective_kv_heads,
+    needs_chunks,
+    recalls,
+)
 
 # Smallest value of each number; None means "greater than zero".
 LIMITS: dict[str, int | None] = {
@@ -29,6 +36,10 @@ LIMITS: dict[str, int | None] = {
     "routing.gate_hidden_size": 1,
     "memory_hierarchy.l1.window": 1, "memory_hierarchy.l1.chunk_size": 1,
     "memory_hierarchy.l2.min_span": 1, "memory_hierarchy.l2.max_span": 1,
+    "memory_hierarchy.l3.recalled_chunks": 1, "memory_hierarchy.l3.hash_bits": 64,
+    "memory_hierarchy.l3.hash_tables": 1, "memory_hierarchy.l3.hash_seed": 0, "memory_hierarchy.l3.hbm_pool_gib": 0,
+    "memory_hierarchy.l3.dram_pool_gib": None, "memory_hierarchy.l3.ssd_pool_gib": None,
+    "training.segment_length": 1, "training.segments_per_step": 1,
     "parallel.tensor_parallel": 1, "parallel.context_parallel": 1, "parallel.pipeline_parallel": 1,
     "parallel.data_parallel": 1,
     "data.tokenizer_vocab_size": 257, "data.workers": 1, "data.sequence_length": 2,
@@ -186,45 +197,82 @@ def _check_heads(config: Config) -> None:
 
 
 def _check_attention(config: Config) -> None:
-    attention, routing = config.attention, config.routing
+    attention, routing, memory = config.attention, config.routing, config.memory_hierarchy
     if attention.mixture != "output" and attention.variant != "mka":
         raise refuse("attention.mixture", attention.mixture,
                      f"only attention.variant mka has a mixture and the variant is {attention.variant}; leave it out")
     if attention.fuse != "kv" and attention.variant != "fastmka":
         raise refuse("attention.fuse", attention.fuse,
                      f"only attention.variant fastmka fuses and the variant is {attention.variant}; leave it out")
-    if attention.variant in GATED and attention.mixture == "score" and routing.mode == "top1":
-        raise refuse("routing.mode", routing.mode,
-                     "with attention.mixture score its gradient is zero; use soft or top2, or mixture output")
-    if attention.variant in GATED and routing.mode in ("top1", "top2") and not config.memory_hierarchy.l2.enabled:
-        raise refuse("routing.mode", routing.mode,
-                     "with memory_hierarchy.l2.enabled false there is one level to choose from; use soft, or enable l2")
+    if attention.core == "block" and attention.variant not in ("fastmka", "blockmka"):
+        raise refuse("attention.core", attention.core,
+                     f"attention.variant {attention.variant} has the dense core only; use fastmka or blockmka")
+    if attention.block_backend != "auto" and not block_core(config):
+        raise refuse("attention.block_backend", attention.block_backend,
+                     "only the block core has a backend; leave it out, or use attention.core block")
+    by_score = block_core(config) or attention.mixture == "score"
+    if attention.variant in GATED and by_score and routing.mode == "top1":
+        raise refuse("routing.mode", routing.mode, "as a weight on attention scores (attention.mixture score, block "
+                     "core) its gradient is zero; use soft or top2, or mixture output")
+    one_level = not memory.l2.enabled and not memory.l3.enabled
+    if attention.variant in GATED and routing.mode in ("top1", "top2") and one_level:
+        raise refuse("routing.mode", routing.mode, "with memory_hierarchy.l2.enabled false and l3.enabled false there "
+                     "is one level to choose from; use soft, or enable one")
 
 
 def _check_memory(config: Config) -> None:
     memory = config.memory_hierarchy
-    window, chunk = memory.l1.window, memory.l1.chunk_size
+    window, chunk, l3 = memory.l1.window, memory.l1.chunk_size, memory.l3
     if window is not None and window % chunk:
         raise refuse("memory_hierarchy.l1.window", window,
                      f"it must be a multiple of memory_hierarchy.l1.chunk_size ({chunk})")
-    if window is not None and window < config.data.sequence_length:
+    if window is None and block_core(config):
+        raise refuse("memory_hierarchy.l1.window", "null",
+                     f"the block core needs a window; set it to a multiple of memory_hierarchy.l1.chunk_size ({chunk})")
+    if window is not None and not block_core(config) and window < config.data.sequence_length:
         raise refuse("memory_hierarchy.l1.window", window,
-                     "a window shorter than the sequence needs the block core, which is not available yet; use null, "
-                     f"or at least data.sequence_length ({config.data.sequence_length})")
+                     "a window shorter than the sequence needs the block core; use attention.variant blockmka, or "
+                     f"fastmka with attention.core block, or null, or at least data.sequence_length "
+                     f"({config.data.sequence_length})")
     if memory.l2.min_span <= 1:
         raise refuse("memory_hierarchy.l2.min_span", memory.l2.min_span,
                      "the decay is 1 - 1/span and must be above 0; make it greater than 1")
     if memory.l2.max_span < memory.l2.min_span:
         raise refuse("memory_hierarchy.l2.max_span", memory.l2.max_span,
                      f"it must be at least memory_hierarchy.l2.min_span ({memory.l2.min_span})")
-    for field in dataclasses.fields(L3Config):
-        value = getattr(memory.l3, field.name)
-        if value != field.default:
-            raise refuse(f"memory_hierarchy.l3.{field.name}", value,
-                         "the long-term memory level is not available yet; leave it out")
-    if memory.ssd_spill_path is not None:
-        raise refuse("memory_hierarchy.ssd_spill_path", memory.ssd_spill_path,
-                     "the SSD tier of the long-term memory is not available yet; leave it out")
+    if l3.enabled and not recalls(config):
+        raise refuse("memory_hierarchy.l3.enabled", True,
+                     f"attention.variant {config.attention.variant} has no memory levels; use mka, fastmka or blockmka")
+    if l3.hash_bits % 64:
+        raise refuse("memory_hierarchy.l3.hash_bits", l3.hash_bits, "codes are whole 64-bit words; use 64, 128, 256, ...")
+    if needs_chunks(config) and config.data.reset_at_documents and not config.data.pad_documents_to_chunks:
+        raise refuse("data.pad_documents_to_chunks", False, "chunks must not cross documents under the block core or "
+                     "memory_hierarchy.l3.enabled; set it to true (or data.reset_at_documents to false)")
+    _check_tiers(config)
+
+
+def _check_tiers(config: Config) -> None:
+    memory, l3 = config.memory_hierarchy, config.memory_hierarchy.l3
+    on_ssd = l3.placement == "ssd"
+    used = {"l3.placement": on_ssd, "l3.hbm_pool_gib": l3.hbm_pool_gib > 0, "l3.dram_pool_gib": l3.dram_pool_gib is not None}
+    for key, wanted in used.items():
+        if wanted and not l3.enabled:
+            raise refuse(f"memory_hierarchy.{key}", _value(config, f"memory_hierarchy.{key}"),
+                         "there is no long-term memory to place; set memory_hierarchy.l3.enabled, or leave it out")
+        if wanted and config.training.segment_length is None:
+            raise refuse(f"memory_hierarchy.{key}", _value(config, f"memory_hierarchy.{key}"), "chunks leave the device "
+                         "only between segments; set training.segment_length, or leave it out")
+    if on_ssd and memory.ssd_spill_path is None:
+        raise refuse("memory_hierarchy.l3.placement", "ssd",
+                     "it needs a directory; set memory_hierarchy.ssd_spill_path")
+    if on_ssd and l3.dram_pool_gib is None:
+        raise refuse("memory_hierarchy.l3.placement", "ssd", "nothing would reach the disk while DRAM is unlimited; set "
+                     "memory_hierarchy.l3.dram_pool_gib")
+    for key in ("ssd_spill_path", "l3.ssd_pool_gib"):
+        value = _value(config, f"memory_hierarchy.{key}")
+        if value is not None and not on_ssd:
+            raise refuse(f"memory_hierarchy.{key}", value,
+                         f"memory_hierarchy.l3.placement is {l3.placement}; set it to ssd, or leave this out")
 
 
 def _check_parallel(config: Config) -> None:
@@ -271,6 +319,7 @@ def _check_data(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     training = config.training
+    _check_segments(config)
     if training.warmup_steps > training.steps:
         raise refuse("training.warmup_steps", training.warmup_steps,
                      f"it must be at most training.steps ({training.steps})")
@@ -284,6 +333,33 @@ def _check_training(config: Config) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
             raise refuse(f"training.{name}", getattr(training, name), "it must be at least 0 and less than 1")
+
+
+def _check_segments(config: Config) -> None:
+    segment, steps = config.training.segment_length, config.training.segments_per_step
+    sequence, chunk = config.data.sequence_length, config.memory_hierarchy.l1.chunk_size
+    if segment is None:
+        if steps is not None:
+            raise refuse("training.segments_per_step", steps,
+                         "a sample is one piece; set training.segment_length too, or leave it out")
+        return
+    if not block_core(config):
+        raise refuse("training.segment_length", segment, "the dense core sees every token at once; use attention.variant "
+                     "blockmka, or fastmka with attention.core block, or leave it out")
+    if segment % chunk:
+        raise refuse("training.segment_length", segment,
+                     f"it must be a multiple of memory_hierarchy.l1.chunk_size ({chunk})")
+    if sequence % segment:
+        raise refuse("training.segment_length", segment, f"it must divide data.sequence_length ({sequence})")
+    if steps is not None and (sequence // segment) % steps:
+        raise refuse("training.segments_per_step", steps,
+                     f"it must divide the segments of a sample ({sequence // segment})")
+    if config.parallel.context_parallel > 1:
+        raise refuse("training.segment_length", segment, "segments are not sharded over ranks; set "
+                     "parallel.context_parallel to 1, or leave it out")
+    if config.memory_hierarchy.l2.summary == "mean" and config.attention.variant == "fastmka":
+        raise refuse("memory_hierarchy.l2.summary", "mean", "between segments only the ema carries its state; use ema, or "
+                     "leave training.segment_length out")
 
 
 def _check_engine(config: Config) -> None:

@@ -13,7 +13,7 @@ from mka_megatron.config.schema import MemoryConfig
 
 def levels(memory: MemoryConfig) -> int:
     """How many levels the gate routes over; with one there is nothing to route, hence no gate."""
-    return 1 + int(memory.l2.enabled)
+    return 1 + int(memory.l2.enabled) + int(memory.l3.enabled)
 
 
 def route(logits: Tensor, available: Tensor | None, mode: str) -> Tensor:

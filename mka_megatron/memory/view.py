@@ -15,10 +15,6 @@ from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import Selector
 
-SELECTING_QUERIES = 16
-"""Tokens before a chunk whose mean query selects its recalled chunks."""
-
-
 @dataclass(frozen=True)
 class Summaries:
     """One entry per chunk, of consecutive chunks from the row's first (or, not yet joined, those at hand)."""
@@ -62,6 +58,8 @@ class Update:
     """[B, G, d] EMA state of the keys after the last slot; None where nothing is fused."""
     carry_v: Tensor | None
     """[B, G, d] the same of the values."""
+    recalled: Tensor | None
+    """[B, n, G, R] int64 numbers in the row of the recalled chunks, -1 = none; None without recall."""
 
 
 class View(Protocol):
@@ -121,6 +119,27 @@ class Alone:
         return k, v
 
 
+class History(Protocol):
+    """The views of all layers."""
+
+    def view(self, layer: int) -> View:
+        """The view of `layer`, counted from 0."""
+
+    def stage(self, layer: int, update: Update) -> None:
+        """Keep what `layer` leaves for later slots; the same again where a forward is recomputed."""
+
+
+class NoHistory:
+    """The slots at hand are the whole rows, and nothing follows."""
+
+    def view(self, layer: int) -> View:
+        """Nothing lies before."""
+        return Alone()
+
+    def stage(self, layer: int, update: Update) -> None:
+        """Nothing follows."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """The memory that a variant attends with, beside its route."""
@@ -131,3 +150,5 @@ class Memory:
     """Chunks of the rows; None where neither the block core nor L3 needs any."""
     selector: Selector | None = None
     """How chunks are recalled; None without L3."""
+    backend: str = "reference"
+    """Implementation of the block core, as ops.block_attention.choose gives it."""

@@ -18,44 +18,62 @@ from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.attention.registry import Variant
 from mka_megatron.attention.rope import apply_rope
 from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import block_core, recalls
+from mka_megatron.memory import hashing
 from mka_megatron.memory.routing import route_entropy
 from mka_megatron.memory.summary import decay_logits
+from mka_megatron.memory.view import Memory
 from mka_megatron.model.gate import build_gate, sharded_parameter
 from mka_megatron.model.inputs import AttentionInputs
+from mka_megatron.ops.block_attention import choose
 from mka_megatron.parallel.replicated import mark_partial
 
 # Suffixes: S sequence, B batch, G local KV heads, H local query heads, d head dim, L levels.
 
 
 class Route(nn.Module):
-    """The learned part of a gated variant: gate MLP, blend beta, summary decays (stored as logits)."""
+    """The learned part of a gated variant: what fuses or mixes `levels` levels (gate MLP, blend beta, summary
+    decays, stored as logits), and the gate over the `core_levels` levels of the block core; a single level needs none."""
 
+    gate: nn.Module | None
+    core_gate: nn.Module | None
+    beta: Tensor | None
     decay_k: Tensor | None
     decay_v: Tensor | None
 
-    def __init__(self, config: Config, count: int, tp_group: dist.ProcessGroup, dtype: torch.dtype):
+    def __init__(self, config: Config, levels: int, core_levels: int, tp_group: dist.ProcessGroup, dtype: torch.dtype):
         super().__init__()
         model, l2 = config.model, config.memory_hierarchy.l2
-        self.gate = build_gate(
-            config.routing, hidden_size=model.hidden_size, heads=model.num_attention_heads,
-            groups=model.num_kv_heads, head_dim=model.head_dim, levels=count, std=model.init_std,
-            tp_group=tp_group, dtype=dtype, sequence_parallel=config.parallel.sequence_parallel,
-        )
+
+        def gate(count: int, last_std: float) -> nn.Module:
+            return build_gate(
+                config.routing, hidden_size=model.hidden_size, heads=model.num_attention_heads,
+                groups=model.num_kv_heads, head_dim=model.head_dim, levels=count, std=model.init_std,
+                last_std=last_std, tp_group=tp_group, dtype=dtype,
+                sequence_parallel=config.parallel.sequence_parallel,
+            )
+
+        self.gate = gate(levels, model.init_std) if levels > 1 else None
+        # equal levels at first: a recalled token weighs what a near one weighs
+        self.core_gate = gate(core_levels, 0.0) if core_levels > 1 else None
+        self.beta = self.decay_k = self.decay_v = None
+        if levels == 1:
+            return
         beta = config.routing.beta_init
         if beta is None:
             beta = 0.0 if model.init_from else 1.0
         self.beta = mark_partial(nn.Parameter(torch.tensor([beta], dtype=dtype)))
+        if not l2.enabled or l2.summary == "mean":
+            return
         for name in ("decay_k", "decay_v"):
-            if l2.summary == "mean":
-                setattr(self, name, None)
-                continue
+            delattr(self, name)
             logits = sharded_parameter(decay_logits(l2, model.num_kv_heads, model.head_dim), 0, tp_group, dtype)
             if l2.decay == "fixed":
                 self.register_buffer(name, logits.detach().float(), persistent=False)
             else:
                 self.register_parameter(name, logits)
 
-    def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> tuple[Tensor | None, ...]:
         """Raw local queries and the layer input -> RouteInputs' fields: batch-major logits, blend, decays (fp32).
 
         A tuple, because ZeRO-3 finds the tensors of a module's output in tuples only, and has to gather this
@@ -64,51 +82,82 @@ class Route(nn.Module):
         decay_k, decay_v = (
             None if logits is None else logits.float().sigmoid() for logits in (self.decay_k, self.decay_v)
         )
-        logits = self.gate(q_SBHd, x_SBh).transpose(0, 1)
-        return logits, self.beta.float(), decay_k, decay_v
+        logits, core = (
+            None if gate is None else gate(q_SBHd, x_SBh).transpose(0, 1) for gate in (self.gate, self.core_gate)
+        )
+        return logits, None if self.beta is None else self.beta.float(), decay_k, decay_v, core
 
 
 class VariantCore(nn.Module):
-    """A grouped variant's core on local heads. `q_norm`, `k_norm`: HeadNorm or None, owned by the layer."""
+    """A grouped variant's core on local heads. `q_norm`, `k_norm`: HeadNorm or None, owned by the layer.
 
-    def __init__(self, config: Config, variant: Variant, transformer: TransformerConfig, tp_group: dist.ProcessGroup):
+    `layer` counts from 0.
+    """
+
+    planes: Tensor
+
+    def __init__(self, config: Config, variant: Variant, transformer: TransformerConfig, tp_group: dist.ProcessGroup,
+                 layer: int):
         super().__init__()
         self.config = config
         self.variant = variant
+        self.layer = layer
         self.scale = config.model.head_dim**-0.5
         self.recompute = config.training.recompute == "selective"
-        count = variant.levels(config)
-        self.route = Route(config, count, tp_group, transformer.params_dtype) if count > 1 else None
+        levels, core_levels = variant.levels(config), variant.core_levels(config)
+        self.route: Route | None = None
+        if max(levels, core_levels) > 1:
+            self.route = Route(config, levels, core_levels, tp_group, transformer.params_dtype)
+        on = "cuda" if torch.cuda.is_available() else "cpu"
+        self.backend = choose(config.attention.block_backend, on) if block_core(config) else "reference"
+        self.recalls = recalls(config)
+        if self.recalls:
+            l3 = config.memory_hierarchy.l3
+            drawn = hashing.planes(l3.hash_seed, l3.hash_tables, l3.hash_bits, config.model.head_dim)
+            self.register_buffer("planes", drawn)
         self.statistics: tuple[Tensor, Tensor] | None = None
 
     def forward(self, q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, x_SBh: Tensor, inputs: AttentionInputs,
-                q_norm: nn.Module | None, k_norm: nn.Module | None) -> Tensor:
-        """Raw local q, k, v and the layer input -> attention output [S,B,H*d]."""
-        cos, sin = inputs.cos, inputs.sin
+                q_norm: nn.Module | None, k_norm: nn.Module | None, key_bias_Gd: Tensor | None) -> Tensor:
+        """Raw local q, k, v and the layer input -> attention output [S,B,H*d].
 
-        def finish_q(q: Tensor) -> Tensor:
-            return apply_rope(q if q_norm is None else q_norm(q), cos, sin)
+        `key_bias_Gd`: the constant part of every normed key, which the hash codes leave out; None: there is none.
+        """
+        def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
+            return apply_rope(x, *((inputs.cos, inputs.sin) if positions is None else inputs.rope(positions)))
 
-        def finish_k(k: Tensor) -> Tensor:
-            return apply_rope(k if k_norm is None else k_norm(k), cos, sin)
+        finish = Finish(q_norm or _identity, k_norm or _identity, rotate)
+        memory = Memory(inputs.history.view(self.layer), inputs.chunks, self._selector(key_bias_Gd), self.backend)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *route: Any) -> tuple[Tensor, Tensor | None]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, *route: Any) -> tuple[Any, ...]:
             return self.variant.attend(
-                q, k, v, finish=Finish(finish_q, finish_k), route=RouteInputs(*route) if route else None,
-                documents=inputs.documents, scale=self.scale, config=self.config,
+                q, k, v, finish=finish, route=RouteInputs(*route) if route else None,
+                documents=inputs.documents, scale=self.scale, config=self.config, memory=memory,
             )
 
         arguments = [t.transpose(0, 1) for t in (q_SBHd, k_SBGd, v_SBGd)]
         if self.route is not None:
             arguments += self.route(q_SBHd, x_SBh)
         if self.recompute and self.training and torch.is_grad_enabled():
-            out, weights = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
+            out, weights, *update = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            out, weights = attend(*arguments)
+            out, weights, *update = attend(*arguments)
         if weights is not None:
             self._record(weights.detach())
+        for each in update:
+            inputs.history.stage(self.layer, each)
         # [B,S,H,d] -> [S,B,H*d]
         return out.transpose(0, 1).flatten(2)
 
+    def _selector(self, key_bias_Gd: Tensor | None) -> hashing.Selector | None:
+        if not self.recalls:
+            return None
+        l3 = self.config.memory_hierarchy.l3
+        return hashing.Selector(l3.selection, l3.recalled_chunks, self.planes, key_bias_Gd)
+
     def _record(self, weights: Tensor) -> None:
         self.statistics = weights.flatten(0, -2).mean(0), route_entropy(weights).mean()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

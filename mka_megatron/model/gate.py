@@ -33,12 +33,13 @@ def _normal(*shape: int, std: float) -> Tensor:
 class TokenGate(nn.Module):
     """One route per token from all query heads: row-parallel fc1, all-reduce, bias, SiLU, fc2 (fp32)."""
 
-    def __init__(self, channels: int, levels: int, width: int, std: float, tp_group: dist.ProcessGroup, dtype: torch.dtype):
+    def __init__(self, channels: int, levels: int, width: int, std: float, last_std: float,
+                 tp_group: dist.ProcessGroup, dtype: torch.dtype):
         super().__init__()
         self.tp_group = tp_group
         self.fc1 = sharded_parameter(_normal(width, channels, std=std), 1, tp_group, dtype)
         self.bias1 = nn.Parameter(torch.zeros(width, dtype=dtype))
-        self.fc2 = nn.Parameter(_normal(levels, width, std=std).to(dtype))
+        self.fc2 = nn.Parameter(_normal(levels, width, std=last_std).to(dtype))
         self.bias2 = nn.Parameter(torch.zeros(levels, dtype=dtype))
 
     def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> Tensor:
@@ -55,15 +56,15 @@ class InputGate(nn.Module):
     `groups` is 1 for one route per token, or the model's KV heads for one per head (this rank's are returned).
     """
 
-    def __init__(self, channels: int, levels: int, groups: int, width: int, std: float, tp_group: dist.ProcessGroup,
-                 dtype: torch.dtype, sequence_parallel: bool):
+    def __init__(self, channels: int, levels: int, groups: int, width: int, std: float, last_std: float,
+                 tp_group: dist.ProcessGroup, dtype: torch.dtype, sequence_parallel: bool):
         super().__init__()
         self.levels, self.groups = levels, groups
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel
         self.fc1 = nn.Parameter(_normal(width, channels, std=std).to(dtype))
         self.bias1 = nn.Parameter(torch.zeros(width, dtype=dtype))
-        self.fc2 = nn.Parameter(_normal(groups * levels, width, std=std).to(dtype))
+        self.fc2 = nn.Parameter(_normal(groups * levels, width, std=last_std).to(dtype))
         self.bias2 = nn.Parameter(torch.zeros(groups * levels, dtype=dtype))
         if sequence_parallel:
             for parameter in self.parameters():
@@ -86,12 +87,12 @@ class InputGate(nn.Module):
 class GroupGate(nn.Module):
     """One route per token and KV head, from that head's own queries: no communication."""
 
-    def __init__(self, groups: int, channels: int, levels: int, width: int, std: float, tp_group: dist.ProcessGroup,
-                 dtype: torch.dtype):
+    def __init__(self, groups: int, channels: int, levels: int, width: int, std: float, last_std: float,
+                 tp_group: dist.ProcessGroup, dtype: torch.dtype):
         super().__init__()
         self.fc1 = sharded_parameter(_normal(groups, width, channels, std=std), 0, tp_group, dtype)
         self.bias1 = sharded_parameter(torch.zeros(groups, width), 0, tp_group, dtype)
-        self.fc2 = sharded_parameter(_normal(groups, levels, width, std=std), 0, tp_group, dtype)
+        self.fc2 = sharded_parameter(_normal(groups, levels, width, std=last_std), 0, tp_group, dtype)
         self.bias2 = sharded_parameter(torch.zeros(groups, levels), 0, tp_group, dtype)
 
     def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> Tensor:
@@ -103,12 +104,17 @@ class GroupGate(nn.Module):
 
 
 def build_gate(routing: RoutingConfig, *, hidden_size: int, heads: int, groups: int, head_dim: int, levels: int,
-               std: float, tp_group: dist.ProcessGroup, dtype: torch.dtype, sequence_parallel: bool) -> nn.Module:
-    """The gate that `routing` describes; `heads` and `groups` are the whole model's, not this rank's."""
+               std: float, last_std: float, tp_group: dist.ProcessGroup, dtype: torch.dtype,
+               sequence_parallel: bool) -> nn.Module:
+    """The gate that `routing` describes; `heads` and `groups` are the whole model's, not this rank's.
+
+    `std` and `last_std` are the standard deviations of its first and second layer; 0 for the second makes all
+    levels equal at the start.
+    """
     width = routing.gate_hidden_size
     if routing.gate_input == "x":
         routes = groups if routing.scope == "group" else 1
-        return InputGate(hidden_size, levels, routes, width, std, tp_group, dtype, sequence_parallel)
+        return InputGate(hidden_size, levels, routes, width, std, last_std, tp_group, dtype, sequence_parallel)
     if routing.scope == "group":
-        return GroupGate(groups, heads // groups * head_dim, levels, width, std, tp_group, dtype)
-    return TokenGate(heads * head_dim, levels, width, std, tp_group, dtype)
+        return GroupGate(groups, heads // groups * head_dim, levels, width, std, last_std, tp_group, dtype)
+    return TokenGate(heads * head_dim, levels, width, std, last_std, tp_group, dtype)

@@ -10,7 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import needs_chunks
+from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.view import History, NoHistory
 from mka_megatron.model.core_attention import VariantCore
 from mka_megatron.model.inputs import AttentionInputs
 from mka_megatron.model.rope import RotaryTable
@@ -33,21 +36,29 @@ class GPT(GPTModel):
         )
         self.real_vocab_size = vocab_size
         self.rope = rope
+        self.chunk_size = run.memory_hierarchy.l1.chunk_size if needs_chunks(run) else None
 
-    def forward(self, tokens: Tensor, documents: Documents, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Documents, labels: Tensor | None = None,
+                history: History | None = None) -> Tensor:
         """Per-token loss, or logits where no labels are given.
 
         Args:
             tokens: [B,S] int64; S divisible by the tensor-parallel size under sequence parallelism.
             documents: layout of the batch.
             labels: [B,S] int64 next tokens, negative where there is no loss.
+            history: what lies before `documents` where they are a part of longer rows; None: nothing, or other
+                ranks' shards.
 
         Returns:
             nll [B,S] fp32 in nats, 0 where the label is negative; without labels logits [B,S,vocab_size],
             gathered over tensor-parallel ranks.
         """
         cos, sin = self.rope(documents.positions)
-        inputs = AttentionInputs(documents=documents, cos=cos, sin=sin)
+        inputs = AttentionInputs(
+            documents=documents, cos=cos, sin=sin, rope=self.rope,
+            chunks=None if self.chunk_size is None else Chunks.of(documents, self.chunk_size),
+            history=history or NoHistory(),
+        )
         out = super().forward(
             input_ids=tokens,
             position_ids=documents.positions,

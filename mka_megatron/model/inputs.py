@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.view import History
+from mka_megatron.model.rope import RotaryTable
 
 
 @dataclass(kw_only=True)
 class AttentionInputs(PackedSeqParams):
-    """Document layout and rotary tables of one forward pass (no gradients flow into any of it).
+    """Document layout, rotary tables and memory of one forward pass.
 
     `qkv_format` stays "sbhd": the batch is rectangular, documents are spans of its rows.
     """
@@ -23,3 +26,9 @@ class AttentionInputs(PackedSeqParams):
     """[B,S,rotary_dim] fp32."""
     sin: Tensor
     """[B,S,rotary_dim] fp32."""
+    rope: RotaryTable
+    """Tables at other positions."""
+    chunks: Chunks | None
+    """Chunks of the rows; None where the variant works on none."""
+    history: History
+    """What the layers see of the slots before those at hand."""

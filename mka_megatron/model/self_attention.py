@@ -6,10 +6,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from mka_megatron.attention.registry import Variant
 from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import recalls
 from mka_megatron.model.core_attention import VariantCore
 from mka_megatron.model.inputs import AttentionInputs
 
@@ -21,14 +22,25 @@ class GroupedSelfAttention(SelfAttention):
                  attn_mask_type: AttnMaskType = AttnMaskType.causal, cp_comm_type: str | None = None,
                  pg_collection: ProcessGroupCollection | None = None, *, run: Config, variant: Variant):
         super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
-        self.core_attention = VariantCore(run, variant, config, self.pg_collection.tp)
+        self.core_attention = VariantCore(run, variant, config, self.pg_collection.tp, layer_number - 1)
+        self.key_bias: Tensor | None = None
+        if recalls(run) and run.model.qkv_bias and not run.model.qk_norm:
+            # read where the projection has its parameters at hand, which under ZeRO-3 is nowhere else
+            self.linear_qkv.register_forward_hook(self._keep_key_bias)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
                 packed_seq_params: AttentionInputs, **unused: object) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S,B,hidden] ([S/tp,B,hidden] under sequence parallelism) -> (output, bias), same shape."""
         q, k, v = self._raw_query_key_value(hidden_states)
-        core = self.core_attention(q, k, v, hidden_states, packed_seq_params, self.q_layernorm, self.k_layernorm)
+        core = self.core_attention(q, k, v, hidden_states, packed_seq_params, self.q_layernorm, self.k_layernorm,
+                                   self.key_bias)
         return self.linear_proj(core)
+
+    def _keep_key_bias(self, linear: nn.Module, inputs: object, outputs: object) -> None:
+        # [G*(H/G+2)*d] -> [G, H/G+2, d], keys next to last
+        d = self.hidden_size_per_attention_head
+        bias = linear.bias.detach().unflatten(0, (self.num_query_groups_per_partition, -1, d))
+        self.key_bias = bias[:, -2].clone()
 
     def _raw_query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Local q [S,B,H,d], k and v [S,B,G,d] with bias, before q/k-norm and RoPE.

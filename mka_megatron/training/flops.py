@@ -1,18 +1,22 @@
 """Model FLOPs by attention variant, and the peak of known GPUs: pure functions of the configuration.
 
 Counted are the matrix multiplications (2 FLOPs per multiply-add): projections, MLP, gate, output
-layer and the two attention products over exactly the causal pairs. Not counted: embedding look-up,
+layer and the two attention products over exactly the (query, key) pairs that the core visits. Not counted: embedding look-up,
 norms, RoPE, the O(S) memory scan and mix, softmax, and recomputation, so that utilisation is of the
 model's work. Backward is twice forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from mka_megatron.attention.registry import VARIANTS
-from mka_megatron.config.schema import Config
+from mka_megatron.config.schema import Config, MemoryConfig
+from mka_megatron.config.variants import block_core
+
+Spans = Iterable[tuple[int, int, int]]
 
 _MULTIPLY_ADD = 2
 _FORWARD_AND_BACKWARD = 3
@@ -24,6 +28,8 @@ class ModelFlops:
 
     per_token: int
     per_pair: int
+    pairs: Callable[[Spans], int]
+    """(query, key) pairs of documents given as (row, begin, end) tokens."""
 
     def forward(self, tokens: int, pairs: int) -> int:
         """FLOPs of a forward pass over `tokens` tokens that attend over `pairs` (query, key) pairs."""
@@ -35,13 +41,27 @@ class ModelFlops:
 
     def training_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs per token of one unbroken document of `sequence_length` tokens."""
-        pairs = causal_pairs([(0, 0, sequence_length)])
+        pairs = self.pairs([(0, 0, sequence_length)])
         return self.training(sequence_length, pairs) / sequence_length
 
 
-def causal_pairs(spans: Iterable[tuple[int, int, int]]) -> int:
+def causal_pairs(spans: Spans) -> int:
     """(query, key) pairs of causal attention within documents given as (row, begin, end) tokens."""
     return sum((end - begin) * (end - begin + 1) // 2 for _, begin, end in spans)
+
+
+def block_pairs(spans: Spans, memory: MemoryConfig) -> int:
+    """The same of the block core: the window, a summary per chunk before it, and the tokens of recalled chunks."""
+    size, window = memory.l1.chunk_size, (memory.l1.window or 0) // memory.l1.chunk_size
+    recalled = memory.l3.recalled_chunks if memory.l3.enabled else 0
+    pairs = 0
+    for _, begin, end in spans:
+        for chunk, first in enumerate(range(0, end - begin, size)):
+            queries = min(size, end - begin - first)
+            past = max(0, chunk - window + 1)
+            keys = min(chunk, window - 1) * size + past * memory.l2.enabled + min(past, recalled) * size
+            pairs += queries * keys + queries * (queries + 1) // 2
+    return pairs
 
 
 def model_flops(config: Config, vocab_size: int) -> ModelFlops:
@@ -53,14 +73,16 @@ def model_flops(config: Config, vocab_size: int) -> ModelFlops:
     else:
         projections, channels = _grouped(config, variant.kv_heads(model))
     levels = variant.levels(config)
-    if levels > 1:
-        projections += _gate(config, variant.kv_heads(model), levels)
+    for routed in (levels, variant.core_levels(config)):
+        if routed > 1:
+            projections += _gate(config, variant.kv_heads(model), routed)
     attention_passes = levels if variant.attends_each_level else 1
     mlp = 3 * model.hidden_size * model.ffn_hidden_size
     weights = model.num_layers * (projections + mlp) + model.hidden_size * vocab_size
     return ModelFlops(
         per_token=_MULTIPLY_ADD * weights,
         per_pair=_MULTIPLY_ADD * model.num_layers * attention_passes * channels,
+        pairs=partial(block_pairs, memory=config.memory_hierarchy) if block_core(config) else causal_pairs,
     )
 
 

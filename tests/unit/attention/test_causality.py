@@ -57,7 +57,7 @@ def layer(
             logits = logits.unflatten(-1, (groups, 2)) if config.routing.scope == "group" else logits
             route = RouteInputs(logits, torch.ones(1, dtype=dtype), decay, decay)
         k, v = (project(x, w).unflatten(-1, (groups, D)) for w in (wk, wv))
-        finish = Finish(*(lambda heads: apply_rope(heads, cos, sin),) * 2)
+        finish = Finish(lambda x: x, lambda x: x, lambda heads, _: apply_rope(heads, cos, sin))
         return variant.attend(
             q, k, v, finish=finish, route=route, documents=where, scale=D**-0.5, config=config
         )[0]
@@ -69,7 +69,7 @@ def layer(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_later_token_changes_a_bit(case, dtype: torch.dtype) -> None:
     forward = layer(*case, dtype)
-    where = Documents.whole(B, S)
+    where = Documents.unpacked(B, S)
     x = torch.randn(B, S, HIDDEN, dtype=dtype)
     before = forward(x, where)
     for time in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, S - 1):

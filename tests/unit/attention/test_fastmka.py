@@ -62,16 +62,13 @@ def fused_after_projection(p: dict[str, Tensor], bias: bool, norm: bool, where, 
         q, k, v = q + p["bq"], k + p["bk"], v + p["bv"]
     cos, sin = oracle.tables(where.positions, D, 1e4)
 
-    def finish(name: str):
-        def apply(heads: Tensor) -> Tensor:
-            return apply_rope(oracle.rms_norm(heads, p[name], 1e-6) if norm else heads, cos, sin)
-
-        return apply
+    def normed(name: str):
+        return lambda heads: oracle.rms_norm(heads, p[name], 1e-6) if norm else heads
 
     decay = p["decay"] if summary == "ema" else None
     out, _ = fastmka.attend(
         q.view(B, S, H, D), k.view(B, S, G, D), v.view(B, S, G, D),
-        finish=Finish(finish("q_norm"), finish("k_norm")), route=RouteInputs(p["logits"], p["beta"], decay, decay),
+        finish=Finish(normed("q_norm"), normed("k_norm"), lambda x, _: apply_rope(x, cos, sin)), route=RouteInputs(p["logits"], p["beta"], decay, decay),
         documents=where, scale=SCALE, config=Config(),
     )  # fmt: skip
     return out
@@ -103,7 +100,7 @@ def raw(scope: str = "token") -> tuple[Tensor, Tensor, Tensor, RouteInputs]:
     return leaf(B, S, H, D), leaf(B, S, G, D), leaf(B, S, G, D), route
 
 
-FINISH = Finish(lambda x: x, lambda x: x)
+FINISH = Finish(lambda x: x, lambda x: x, lambda x, _: x)
 
 
 def config(fuse: str = "kv", mode: str = "soft") -> Config:

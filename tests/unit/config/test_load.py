@@ -104,7 +104,7 @@ def test_missing_unreadable_and_odd_files(tmp_path: Path) -> None:
     ("training.steps.a=1", ("training.steps", "an integer")),
     ("training=3", ("training is 3", "a mapping")),
     ("model.vocab_size=a", ("model.vocab_size is a", "an integer or null")),
-    ("attention.variant=flash", ("attention.variant is flash", "mha, mqa, gqa, mla, mka or fastmka")),
+    ("attention.variant=flash", ("attention.variant is flash", "mha, mqa, gqa, mla, mka, fastmka or blockmka")),
     ("engine.zero_stage='1'", ("engine.zero_stage is 1", "0, 1, 2 or 3")),
     ("logging.progress=1", ("logging.progress is 1", "true or false")),
     ("training.output_dir=7", ("training.output_dir is 7", "a string")),
@@ -166,19 +166,14 @@ def test_old_memory_keys(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(("override", "parts"), [
-    ("memory_hierarchy.ssd_tier_path=/scratch", ("memory_hierarchy.ssd_spill_path is /scratch", "not available")),
-    ("memory_hierarchy.ssd_spill_path=/scratch", ("memory_hierarchy.ssd_spill_path is /scratch", "not available")),
-    ("memory_hierarchy.dram_staging=true", ("memory_hierarchy.l3.enabled is true", "not available")),
-    ("memory_hierarchy.dram_staging=64", ("memory_hierarchy.l3.enabled is true", "not available")),
-    ("memory_hierarchy.l3.enabled=true", ("memory_hierarchy.l3.enabled is true", "not available")),
-    ("memory_hierarchy.l3.dram_pool_gib=4", ("memory_hierarchy.l3.dram_pool_gib is 4", "not available")),
-    ("memory_hierarchy.l3.placement=ssd", ("memory_hierarchy.l3.placement is ssd", "not available")),
+    ("memory_hierarchy.ssd_tier_path=/scratch", ("memory_hierarchy.ssd_spill_path is /scratch", "l3.placement")),
+    ("memory_hierarchy.dram_staging=true", ("data.pad_documents_to_chunks is false", "l3.enabled")),
     ("memory_hierarchy.dram_staging=lots", ("memory_hierarchy.dram_staging is lots", "GiB")),
     ("memory_hierarchy.dram_staging=-1", ("memory_hierarchy.dram_staging is -1", "GiB")),
     ("memory_hierarchy.hbm_enabled=1", ("memory_hierarchy.hbm_enabled is 1", "true or false")),
     ("memory_hierarchy.ssd_tier_path=5", ("memory_hierarchy.ssd_spill_path is 5", "a string")),
 ])
-def test_level_three_is_refused_by_name(override: str, parts: tuple[str, ...]) -> None:
+def test_old_memory_keys_are_refused_by_name(override: str, parts: tuple[str, ...]) -> None:
     message = sentence((), [override])
     assert all(part in message for part in parts), message
 

@@ -1,0 +1,149 @@
+"""Block-MKA: a causal window, one summary per earlier chunk and the recalled chunks under one softmax (section 5.3).
+
+Sub-quadratic: S * (window + R*C) + S^2 / 2C scores. Local-MKA is this without L3, Global-MKA with it.
+
+Shapes: B batch, S slots at hand, H query heads, G KV heads, d head channels, C chunk size, n chunks at hand,
+N chunks of the row, R recalled chunks, L levels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mka_megatron.attention.inputs import Finish, RouteInputs
+from mka_megatron.config.schema import Config
+from mka_megatron.memory import routing
+from mka_megatron.memory.chunks import Chunks
+from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.hashing import chunk_means, last_queries, recent
+from mka_megatron.memory.view import Memory, Summaries, Update
+from mka_megatron.ops.block_attention import block_attention
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    finish: Finish,
+    route: RouteInputs | None,
+    documents: Documents,
+    scale: float,
+    config: Config,
+    memory: Memory,
+) -> tuple[Tensor, Tensor | None, Update]:
+    """The block core over raw keys and values.
+
+    Args:
+        q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], raw.
+        route: the gate's output, of which `core` is read; None where L1 is the only level.
+        memory: chunks of the rows, the view of earlier slots and (with L3) the selector.
+
+    Returns:
+        ([B, S, H, d], the levels' weights for monitoring, detached, [B, S, G, L] or None, the memory's update).
+        Raises ValueError for routing.mode top1.
+    """
+    logits = None if route is None else route.core
+    return block_core(q, k, v, finish, logits, documents, scale, config, memory)
+
+
+def block_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    finish: Finish,
+    logits: Tensor | None,
+    documents: Documents,
+    scale: float,
+    config: Config,
+    memory: Memory,
+    carry_k: Tensor | None = None,
+    carry_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Update]:
+    """Summaries, recall and the one softmax over keys and values that may have been fused.
+
+    Args:
+        q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], before norm and RoPE.
+        logits: [B, S, L] or [B, S, G, L] of the enabled levels among (L1, L2, L3); None: no bias.
+        carry_k, carry_v: EMA states after the last slot, for the update.
+
+    Returns:
+        as :func:`attend`.
+    """
+    levels, chunks, view, selector = config.memory_hierarchy, memory.chunks, memory.view, memory.selector
+    if chunks is None:
+        raise ValueError("the block core works on chunks: pass memory.chunks.")
+    window = (levels.l1.window or 0) // chunks.size
+    q, k = finish.norm_q(q), finish.norm_k(k)
+
+    summaries = Summaries(
+        k=finish.rotate(chunk_means(k, chunks), chunks.at_hand(chunks.last)),
+        v=chunk_means(v, chunks),
+        signature=None if selector is None else selector.signature(k, chunks),
+    )
+    before = view.summaries(summaries)
+    selected = queries = None
+    if selector is not None:
+        fixed = selector.queries(q, k.shape[2])
+        queries = last_queries(fixed, documents)
+        recent_queries = recent(fixed, view.queries(queries), documents, chunks)
+        selected = selector.select(recent_queries, before.signature, chunks, window)
+
+    q, k = finish.rotate(q, None), finish.rotate(k, None)
+    halo_k, halo_v = view.halo(k, v, window - 1)
+    pages = None if selected is None else view.pages(selected, halo_k.shape[1] // chunks.size, k, v)
+    bias, weights = _bias(logits, selected, chunks, window, config)
+    out = block_attention(
+        q,
+        torch.cat((halo_k, k), dim=1),
+        torch.cat((halo_v, v), dim=1),
+        (before.k, before.v) if levels.l2.enabled else None,
+        pages,
+        bias,
+        chunks=chunks,
+        window=window * chunks.size,
+        scale=scale,
+        backend=memory.backend,
+    )
+    update = Update(
+        k.detach(),
+        v.detach(),
+        Summaries(summaries.k.detach(), summaries.v.detach(), summaries.signature),
+        queries,
+        None if carry_k is None else carry_k.detach(),
+        None if carry_v is None else carry_v.detach(),
+        selected,
+    )
+    return out, weights, update
+
+
+def _bias(
+    logits: Tensor | None, selected: Tensor | None, chunks: Chunks, window: int, config: Config
+) -> tuple[Tensor | None, Tensor | None]:
+    """The three levels' bias [B, S, G, 3], and the routing weights [B, S, G, L] of the enabled ones."""
+    if logits is None:
+        return None, None
+    memory = config.memory_hierarchy
+    enabled = [0] + [1] * memory.l2.enabled + [2] * memory.l3.enabled
+    # [B, n, G or 1, L] -> [B, S, G or 1, L]
+    available = _available(selected, chunks, window)[..., enabled]
+    available = available.repeat_interleave(chunks.size, dim=1)[:, : logits.shape[1]]
+    logits = logits if logits.dim() == 4 else logits[:, :, None]
+    bias = routing.score_bias(logits, available, config.routing.mode)
+    full = bias.new_zeros(*bias.shape[:3], 3)
+    full[..., enabled] = bias
+    return full, bias.detach().softmax(dim=-1)
+
+
+def _available(selected: Tensor | None, chunks: Chunks, window: int) -> Tensor:
+    """[B, n, G or 1, 3] bool: which levels hold something for the queries of each chunk at hand."""
+    numbers = torch.arange(chunks.documents.shape[1], device=chunks.documents.device)
+    own = chunks.at_hand(chunks.documents)
+    # [B, n, N]: summaries that a chunk's queries see
+    past = numbers <= numbers[chunks.first : chunks.first + chunks.count, None] - window
+    summaries = past & (chunks.documents[:, None] == own[:, :, None]) & (own >= 0)[:, :, None]
+    l2 = summaries.any(dim=-1)[:, :, None]
+    l3 = torch.zeros_like(l2) if selected is None else (selected >= 0).any(dim=-1)
+    l2, l3 = torch.broadcast_tensors(l2, l3)
+    return torch.stack((torch.ones_like(l2), l2, l3), dim=-1)
