@@ -57,11 +57,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scal
     # the flash kernels want equal widths; zero channels change neither scores nor the values kept
     width = max(q.shape[3], channels)
     q, k, v = (_widen(x, width) for x in (q, k, v))
+    if documents.gaps:
+        moved = documents.compacted
+        out = causal_attention(moved.take(q), moved.take(k), moved.take(v), moved.documents, scale)
+        return moved.put(out)[..., :channels]
     if documents.whole_rows:
         return _sdpa(q, k, v, scale)[..., :channels]
 
-    batch, sequence = q.shape[:2]
-    sizes = _sizes(documents, batch, sequence)
     # one split per row, so that the backward is one concatenation and not a sum of zero-filled slices
     rows = []
     sizes = _sizes(documents, q.shape[0], q.shape[1])

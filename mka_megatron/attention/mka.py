@@ -110,6 +110,10 @@ def score_mixture(
         [B, S, H, d], dtype of q, 0 on padding. Differentiable once in q, keys, values and bias; the gradient of the
         bias sums to zero over the levels.
     """
+    if documents.gaps:
+        moved = documents.compacted
+        q, bias, *rest = (moved.take(x) for x in (q, bias, *keys, *values))
+        return moved.put(_ScoreMixture.apply(q, bias, moved.documents, scale, *rest))
     return _ScoreMixture.apply(q, bias, documents, scale, *keys, *values)
 
 

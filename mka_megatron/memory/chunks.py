@@ -63,7 +63,7 @@ class Chunks:
     @property
     def first_positions(self) -> Tensor:
         """[B, N] position of each chunk's first token: tokens of its document before it; 0 for an empty chunk."""
-        return (self.last - self.lengths + 1).clamp_min(0)
+        return (self.last - self.lengths + 1).masked_fill(self.lengths == 0, 0)
 
     def at_hand(self, table: Tensor) -> Tensor:
         """The columns of a [B, N, ...] table that are at hand, [B, count, ...]."""
