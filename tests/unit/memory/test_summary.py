@@ -120,6 +120,35 @@ def test_segments_with_carries_are_the_whole(cut: int) -> None:
     assert_bitwise(count, expected_count)
 
 
+@pytest.mark.parametrize("documents", NAMES)
+@pytest.mark.parametrize("cut", [1, 5, 16, 31, 36])
+def test_parts_of_rows_with_carries_are_the_whole(cut: int, documents: str) -> None:
+    x, decay, _ = inputs(37, False)
+    whole = layout(documents, BATCH, 37)
+    head, tail = whole.part(0, cut), whole.part(cut, 37)
+    goes_on = tail.continues[:, None, None]
+
+    expected, expected_last = ema(x, decay, whole)
+    first, state = ema(x[:, :cut], decay, head)
+    second, last = ema(x[:, cut:], decay, tail, torch.where(goes_on, state, x[:, cut]))
+    found = torch.cat((first, second), dim=1)
+    tokens = torch.ones_like(whole.starts) if whole.padding is None else ~whole.padding
+    assert_same(found[tokens], expected[tokens], terms=37)
+    kept = tokens[:, cut:].any(dim=1)
+    assert_same(last[kept], expected_last[kept], terms=37)
+    direction = tokens[..., None, None] * torch.randn(expected.shape, dtype=torch.float64)
+    for one, other in zip(
+        gradients((found * direction,), [x, decay]), gradients((expected * direction,), [x, decay]), strict=True
+    ):
+        assert_same(one, other, terms=BATCH * 37)
+
+    expected, _ = prefix_mean(x, whole)
+    first, (total, count) = prefix_mean(x[:, :cut], head)
+    carry = (total * goes_on, count * tail.continues)
+    found = torch.cat((first, prefix_mean(x[:, cut:], tail, carry)[0]), dim=1)
+    assert_same(found[tokens], expected[tokens], terms=37)
+
+
 SUMMARIES = {
     "ema": lambda x, where: ema(
         x, torch.linspace(0.1, 0.99, x.shape[2], dtype=torch.float64).to(x.dtype), where
@@ -143,7 +172,7 @@ def test_no_later_token_changes_a_bit(summary: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("poison", [1e6, float("inf"), float("nan")])
-@pytest.mark.parametrize("documents", ["packed", "padded"])
+@pytest.mark.parametrize("documents", ["packed", "padded", "gaps"])
 @pytest.mark.parametrize("summary", SUMMARIES)
 def test_no_other_document_changes_a_bit(summary: str, documents: str, poison: float) -> None:
     torch.manual_seed(0)
@@ -161,8 +190,9 @@ def test_no_other_document_changes_a_bit(summary: str, documents: str, poison: f
         assert_bitwise(after_grad[row, begin:end], before_grad[row, begin:end])
 
 
-def test_what_lies_on_padding_does_not_matter() -> None:
-    where = layout("padded", BATCH, 60)
+@pytest.mark.parametrize("documents", ["padded", "gaps"])
+def test_what_lies_on_padding_does_not_matter(documents: str) -> None:
+    where = layout(documents, BATCH, 60)
     x, decay, carry = inputs(60, True)
     poisoned = x.detach().clone()
     poisoned[where.padding] = float("nan")
