@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mka_megatron.attention.inputs import Finish, RouteInputs
+from mka_megatron.attention.part import part_attention
+from mka_megatron.attention.sdpa import causal_sdpa
 from mka_megatron.config.schema import Config
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.view import NO_MEMORY, Memory, View
 
 
 def attend(
@@ -25,19 +28,23 @@ def attend(
     documents: Documents,
     scale: float,
     config: Config,
+    memory: Memory = NO_MEMORY,
 ) -> tuple[Tensor, None]:
     """Plain attention: finish (norm, RoPE), then the causal core; no route.
 
     Args:
         q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, e], raw.
+        memory: its view of the slots before is read.
 
     Returns:
         ([B, S, H, e], None).
     """
-    return causal_attention(finish.q(q), finish.k(k), v, documents, scale), None
+    return causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view), None
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, view: View = NO_MEMORY.view
+) -> Tensor:
     """softmax(scale * q k^T) v, causal within each document, 0 on padding.
 
     One batched SDPA call when every row is one document, else one call per document: never a mask tensor,
@@ -47,6 +54,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scal
         q: [B, S, H, d] floating point, last axis contiguous. k: [B, S, G, d]. v: [B, S, G, e]; e may differ from d.
         documents: boundaries of the [B, S] slots.
         scale: factor on the scores, usually 1/sqrt(d).
+        view: where `documents` are a part of rows, what has the keys and values of the slots before.
 
     Returns:
         [B, S, H, e], dtype of q. Raises ValueError when G does not divide H.
@@ -56,13 +64,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scal
     channels = v.shape[3]
     # the flash kernels want equal widths; zero channels change neither scores nor the values kept
     width = max(q.shape[3], channels)
+    k, v = view.keys_values(k, v)
     q, k, v = (_widen(x, width) for x in (q, k, v))
+    if documents.whole is not None:
+        return part_attention(q, k, v, documents, scale)[..., :channels]
     if documents.gaps:
         moved = documents.compacted
         out = causal_attention(moved.take(q), moved.take(k), moved.take(v), moved.documents, scale)
         return moved.put(out)[..., :channels]
     if documents.whole_rows:
-        return _sdpa(q, k, v, scale)[..., :channels]
+        return causal_sdpa(q, k, v, scale)[..., :channels]
 
     # one split per row, so that the backward is one concatenation and not a sum of zero-filled slices
     rows = []
@@ -71,7 +82,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scal
         lengths = [length for length, _ in row]
         parts = zip(q_row.split(lengths), k_row.split(lengths), v_row.split(lengths), row, strict=True)
         outs = [
-            _sdpa(a[None], b[None], c[None], scale)[0] if tokens else torch.zeros_like(a)
+            causal_sdpa(a[None], b[None], c[None], scale)[0] if tokens else torch.zeros_like(a)
             for a, b, c, (_, tokens) in parts
         ]
         rows.append(torch.cat(outs))
@@ -95,15 +106,3 @@ def _sizes(documents: Documents, batch: int, sequence: int) -> list[list[tuple[i
 
 def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    grouped = q.shape[2] != k.shape[2]
-    if grouped and q.is_cuda and q.dtype == torch.float32:
-        # CUDA's fp32 kernel knows no groups; SDPA would fall back to S x S scores
-        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-        grouped = False
-    # [B, S, H, d] -> [B, H, S, d] and back
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
