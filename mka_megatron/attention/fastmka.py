@@ -8,14 +8,19 @@ commutes with the projection and its bias, and happens here on raw K and V, befo
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from mka_megatron.attention.blockmka import block_core as attend_blocks
 from mka_megatron.attention.grouped import causal_attention
 from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import block_core
 from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.summary import ema, prefix_mean
+from mka_megatron.memory.view import NO_MEMORY, Memory, View
 
 
 def attend(
@@ -28,7 +33,8 @@ def attend(
     documents: Documents,
     scale: float,
     config: Config,
-) -> tuple[Tensor, Tensor | None]:
+    memory: Memory = NO_MEMORY,
+) -> tuple[Any, ...]:
     """K' = K + beta * (sum_l lambda_l K_l - K), likewise V, then finish and one causal attention.
 
     Args:
@@ -40,14 +46,21 @@ def attend(
         ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route).
     """
     weights = None
-    if route is not None:
+    carries: tuple[Tensor | None, Tensor | None] = (None, None)
+    if route is not None and route.logits is not None:
         weights = routing.route(route.logits, None, config.routing.mode)
         if "k" in config.attention.fuse:
-            k = fuse(k, weights, route.beta, l2_summary(k, route.decay_k, documents))
+            summary, carry = l2_summary(k, route.decay_k, documents, memory.view, "k")
+            k, carries = fuse(k, weights, route.beta, summary), (carry, carries[1])
         if "v" in config.attention.fuse:
-            v = fuse(v, weights, route.beta, l2_summary(v, route.decay_v, documents))
+            summary, carry = l2_summary(v, route.decay_v, documents, memory.view, "v")
+            v, carries = fuse(v, weights, route.beta, summary), (carries[0], carry)
         weights = weights.detach()
-    return causal_attention(finish.q(q), finish.k(k), v, documents, scale), weights
+    if block_core(config):
+        core = None if route is None else route.core
+        out, _, update = attend_blocks(q, k, v, finish, core, documents, scale, config, memory, *carries)
+        return out, weights, update
+    return causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view), weights
 
 
 def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> Tensor:
@@ -73,6 +86,11 @@ def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> T
     return fused.to(tokens.dtype)
 
 
-def l2_summary(x: Tensor, decay: Tensor | None, documents: Documents) -> Tensor:
-    """The session level of raw keys or values, [B, S, G, d] -> the same shape; no decay: the prefix mean."""
-    return prefix_mean(x, documents)[0] if decay is None else ema(x, decay, documents)[0]
+def l2_summary(
+    x: Tensor, decay: Tensor | None, documents: Documents, view: View, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """The session level of raw keys or values (`name`: "k" or "v"), [B, S, G, d] -> the same shape, and the EMA's
+    state after the last slot; no decay: the prefix mean, without a state."""
+    if decay is None:
+        return prefix_mean(x, documents)[0], None
+    return ema(x, decay, documents, view.carry(name, x, decay, documents))

@@ -20,6 +20,7 @@ from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.config.schema import Config
 from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.view import NO_MEMORY, Memory
 
 
 def attend(
@@ -32,6 +33,7 @@ def attend(
     documents: Documents,
     scale: float,
     config: Config,
+    memory: Memory = NO_MEMORY,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over every level, mixed as `attention.mixture` says.
 
@@ -50,8 +52,8 @@ def attend(
     q = finish.q(q)
     if route is None:
         return causal_attention(q, finish.k(k), v, documents, scale), None
-    keys = [finish.k(k), finish.k(l2_summary(k, route.decay_k, documents))]
-    values = [v, l2_summary(v, route.decay_v, documents)]
+    keys = [finish.k(k), finish.k(l2_summary(k, route.decay_k, documents, memory.view, "k")[0])]
+    values = [v, l2_summary(v, route.decay_v, documents, memory.view, "v")[0]]
     if config.attention.mixture == "score":
         bias = routing.score_bias(route.logits, None, config.routing.mode)
         return score_mixture(q, keys, values, bias, documents, scale), bias.detach().softmax(dim=-1)

@@ -152,3 +152,7 @@ class Memory:
     """How chunks are recalled; None without L3."""
     backend: str = "reference"
     """Implementation of the block core, as ops.block_attention.choose gives it."""
+
+
+NO_MEMORY = Memory()
+"""Whole rows, without chunks or recall."""

@@ -17,6 +17,8 @@ from mka_megatron.memory.view import History, NoHistory
 from mka_megatron.model.core_attention import VariantCore
 from mka_megatron.model.inputs import AttentionInputs
 from mka_megatron.model.rope import RotaryTable
+from mka_megatron.parallel.context import RankHistory
+from mka_megatron.parallel.exchange import Traffic
 from mka_megatron.parallel.groups import Topology
 
 
@@ -36,6 +38,8 @@ class GPT(GPTModel):
         )
         self.real_vocab_size = vocab_size
         self.rope = rope
+        self.traffic = [Traffic() for _ in range(run.model.num_layers)]
+        """Bytes that each layer sent to other context-parallel ranks so far."""
         self.chunk_size = run.memory_hierarchy.l1.chunk_size if needs_chunks(run) else None
 
     def forward(self, tokens: Tensor, documents: Documents, labels: Tensor | None = None,
@@ -46,18 +50,20 @@ class GPT(GPTModel):
             tokens: [B,S] int64; S divisible by the tensor-parallel size under sequence parallelism.
             documents: layout of the batch.
             labels: [B,S] int64 next tokens, negative where there is no loss.
-            history: what lies before `documents` where they are a part of longer rows; None: nothing, or other
-                ranks' shards.
+            history: what lies before `documents` where they are a segment of longer rows; None: nothing, or the
+                shards of other context-parallel ranks.
 
         Returns:
             nll [B,S] fp32 in nats, 0 where the label is negative; without labels logits [B,S,vocab_size],
             gathered over tensor-parallel ranks.
         """
         cos, sin = self.rope(documents.positions)
+        chunks = None if self.chunk_size is None else Chunks.of(documents, self.chunk_size)
+        if history is None:
+            ranks = self.pg_collection.cp
+            history = NoHistory() if ranks.size() == 1 else RankHistory(ranks, documents, chunks, self.traffic)
         inputs = AttentionInputs(
-            documents=documents, cos=cos, sin=sin, rope=self.rope,
-            chunks=None if self.chunk_size is None else Chunks.of(documents, self.chunk_size),
-            history=history or NoHistory(),
+            documents=documents, cos=cos, sin=sin, rope=self.rope, chunks=chunks, history=history,
         )
         out = super().forward(
             input_ids=tokens,

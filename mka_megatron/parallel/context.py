@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.hashing import SELECTING_QUERIES
 from mka_megatron.memory.summary import ema
-from mka_megatron.memory.view import SELECTING_QUERIES, Pages, Summaries, Update
+from mka_megatron.memory.view import Pages, Summaries, Update
 from mka_megatron.parallel.exchange import Index, Traffic, exchange, gather_before, transpose
 
 

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mka_megatron.config.schema import (
     AttentionConfig,
     Config,
+    L1Config,
     L2Config,
+    L3Config,
     MemoryConfig,
     MLAConfig,
     ModelConfig,
@@ -19,7 +21,7 @@ from mka_megatron.config.schema import (
 )
 from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
-from mka_megatron.training.flops import ModelFlops, causal_pairs, model_flops, peak_flops
+from mka_megatron.training.flops import ModelFlops, block_pairs, causal_pairs, model_flops, peak_flops
 
 QWEN25_7B = ModelConfig(
     num_layers=28,
@@ -80,6 +82,14 @@ def test_group_gates_of_the_layer_input_share_their_first_matrix() -> None:
     assert flops.per_token == 2 * (QWEN25_7B_WEIGHTS + gate)
 
 
+def test_the_block_core_has_a_gate_of_its_own() -> None:
+    memory = MemoryConfig(l1=L1Config(window=256), l3=L3Config(enabled=True))
+    gate = 28 * 64 * (28 * 128 + 3)
+    assert qwen("blockmka", memory_hierarchy=memory).per_token == 2 * (QWEN25_7B_WEIGHTS + gate)
+    fused = replace(Config(model=QWEN25_7B, memory_hierarchy=memory), attention=AttentionConfig(core="block"))
+    assert model_flops(fused, 152_064).per_token == 2 * (QWEN25_7B_WEIGHTS + gate + 28 * 64 * (28 * 128 + 2))
+
+
 def test_latent_ranks() -> None:
     # DeepSeek-V2-Lite's attention: hidden 2048, 16 heads, kv rank 512, 128 + 64 query channels, 128 value channels.
     model = ModelConfig(
@@ -100,7 +110,25 @@ def test_latent_ranks() -> None:
 def test_pairs_are_counted_within_documents() -> None:
     assert causal_pairs([(0, 0, 4)]) == 10
     assert causal_pairs([(0, 0, 3), (0, 3, 4), (1, 0, 4)]) == 6 + 1 + 10
-    assert ModelFlops(per_token=5, per_pair=7).training(tokens=4, pairs=10) == 3 * (20 + 70)
+    assert ModelFlops(per_token=5, per_pair=7, pairs=causal_pairs).training(tokens=4, pairs=10) == 3 * (20 + 70)
+
+
+def test_the_block_core_visits_window_summaries_and_recalled_chunks() -> None:
+    def memory(l2: bool, recalled: int) -> MemoryConfig:
+        return MemoryConfig(
+            l1=L1Config(chunk_size=4, window=8), l2=L2Config(enabled=l2),
+            l3=L3Config(enabled=recalled > 0, recalled_chunks=recalled or 1),
+        )  # fmt: skip
+
+    spans = [(0, 0, 18), (1, 4, 7)]
+    # token by token: own chunk up to itself, the chunk before, then what lies before those two
+    window = sum(t % 4 + 1 + (4 if t >= 4 else 0) for t in range(18)) + 6
+    before = [max(0, t // 4 - 1) for t in range(18)]
+    assert block_pairs(spans, memory(False, 0)) == window
+    assert block_pairs(spans, memory(True, 0)) == window + sum(before)
+    assert block_pairs(spans, memory(True, 2)) == window + sum(n + 4 * min(2, n) for n in before)
+    config = Config(attention=AttentionConfig("blockmka"), memory_hierarchy=memory(True, 2))
+    assert model_flops(config, 1).pairs(spans) == block_pairs(spans, config.memory_hierarchy)
 
 
 SMALL = ModelConfig(
