@@ -62,7 +62,7 @@ def levels(
             chunk += table.first - halo
             if place >= lengths[chunk] or documents[chunk] != documents[number]:
                 continue
-            if chunk == number and place <= offset or number - w < chunk < number:
+            if (chunk == number and place <= offset) or number - w < chunk < number:
                 seen[slot, key] = 0
         for chunk in range(min(summaries, number - w + 1)):
             if lengths[chunk] and documents[chunk] == documents[number]:
@@ -95,8 +95,7 @@ def attention(
     rows = []
     for row in range(batch):
         columns = []
-        for head in range(heads):
-            group = head // (heads // groups)
+        for group in range(groups):
             blank = k.new_zeros((-k.shape[1]) % table.size, channels)
             keys, values = [k[row, :, group], blank], [v[row, :, group], blank]
             if summaries is not None:
@@ -106,15 +105,16 @@ def attention(
                 keys.append(pages.k[row, group].flatten(0, 1))
                 values.append(pages.v[row, group].flatten(0, 1))
             level = levels(table, slots, window, row, group, count, pages)
-            scores = q[row, :, head] @ torch.cat(keys).T * scale
+            added = torch.zeros(level.shape, dtype=q.dtype)
             if bias is not None:
-                own = bias[row, :, group if bias.shape[1 + 1] > 1 else 0]
-                scores = scores + own.gather(1, level.clamp_min(0))
-            raised = scores.masked_fill(level < 0, float("-inf"))
-            # a row that sees nothing: any finite maximum
-            raised = raised - raised.detach().amax(dim=1, keepdim=True).clamp_min(-1e30)
-            weights = raised.exp()
-            total = weights.sum(dim=1, keepdim=True)
-            columns.append(weights / torch.where(total > 0, total, 1) @ torch.cat(values))
+                added = bias[row, :, group if bias.shape[2] > 1 else 0].gather(1, level.clamp_min(0))
+            fan = heads // groups
+            for head in range(group * fan, (group + 1) * fan):
+                scores = q[row, :, head] @ torch.cat(keys).T * scale + added
+                scores = scores.masked_fill(level < 0, float("-inf"))
+                # a row that sees nothing: any finite maximum
+                weights = (scores - scores.detach().amax(dim=1, keepdim=True).clamp_min(-1e30)).exp()
+                total = weights.sum(dim=1, keepdim=True)
+                columns.append(weights / torch.where(total > 0, total, 1) @ torch.cat(values))
         rows.append(torch.stack(columns, dim=1))
     return torch.stack(rows)

@@ -13,7 +13,6 @@ J chunks of a tile, U summaries of a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class _BlockAttention(torch.autograd.Function):
         shape = (len(q), k.shape[2], layout.count, q.shape[2] // k.shape[2], layout.size)
         lse = torch.full(shape, _INFINITY, dtype=wide_dtype(q), device=q.device)
         for number, of_row in enumerate(runs):
-            row = _row(layout, tensors, number)
+            row = operands(layout, tensors, number)
             found = torch.zeros_like(row.q)
             for block in blocks(row, of_row):
                 found[:, block.at], lse[number, :, block.at] = block_forward(row, block)
@@ -86,7 +85,7 @@ class _BlockAttention(torch.autograd.Function):
             for x, needed in zip(tensors[:8], ctx.needs_input_grad[2:10], strict=True)
         ]
         for number, of_row in enumerate(ctx.runs):
-            row = _row(layout, tensors, number)
+            row = operands(layout, tensors, number)
             found = Gradients.zeros(row)
             row_grad = keep(to_heads(grad[number], layout, len(row.keys)), row.tokens[:, None])
             for block in blocks(row, of_row):
@@ -95,7 +94,3 @@ class _BlockAttention(torch.autograd.Function):
                 if total is not None and part is not None:
                     total[number] = part
         return None, None, *grads, None, None, None
-
-
-def _row(layout: Layout, tensors: Sequence[Any], number: int) -> Row:
-    return operands(layout, *(None if x is None else x[number] for x in tensors))

@@ -7,7 +7,9 @@ one of zeros), J chunks of a tile, U summaries of a block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,21 +66,10 @@ class Gradients:
         return Gradients(q, keys, values, summary_k, summary_v, q.new_zeros(3, groups, chunks, size))
 
 
-def operands(
-    layout: Layout,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    summary_k: Tensor | None,
-    summary_v: Tensor | None,
-    page_k: Tensor | None,
-    page_v: Tensor | None,
-    bias: Tensor | None,
-    table: Tensor,
-    page_lengths: Tensor | None,
-    index: Tensor | None,
-) -> Row:
-    """The operands of a row, of whose arguments the batch axis is gone; table: [N] lengths."""
+def operands(layout: Layout, tensors: Sequence[Any], row: int) -> Row:
+    """Row `row` of (q, k, v, summaries' k and v, pages' k and v, bias, lengths, page lengths, index)."""
+    arguments: list[Any] = [None if x is None else x[row] for x in tensors]
+    q, k, v, summary_k, summary_v, page_k, page_v, bias, table, page_lengths, index = arguments
     size, groups, wide = layout.size, k.shape[1], wide_dtype(q)
     slots = torch.arange(size, device=q.device)
     lengths = table[layout.first - layout.halo : layout.first + layout.count].expand(groups, -1)
@@ -110,8 +101,8 @@ def operands(
         summary_k=None if summary_k is None else _summaries(summary_k, table, wide),
         summary_v=None if summary_v is None else _summaries(summary_v, table, wide),
         empty=table == 0,
-        # [S, G or 1, 3] -> [3, G or 1, n, C]
-        bias=None if bias is None else _chunked(bias, size).to(wide).permute(3, 2, 0, 1),
+        # [S, G or 1, 3] -> [n, C, G or 1, 3] -> [3, G or 1, n, C]
+        bias=None if bias is None else keep(_chunked(bias, size).to(wide), own[..., None]).permute(3, 2, 0, 1),
     )
 
 

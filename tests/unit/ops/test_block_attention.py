@@ -1,0 +1,394 @@
+"""The block core against a dense masked oracle, against SDPA where they must agree, and bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mka_megatron.config.errors import ConfigError
+from mka_megatron.ops.block_attention import block_attention, blocks, choose
+from tests.helpers import block_oracle
+from tests.helpers.block_oracle import Pages, Table
+from tests.helpers.numerics import assert_as_accurate, assert_bitwise, assert_same, assert_same_gradients
+
+C = 8
+INFINITY = float("inf")
+
+# Every chunk of every row as (tokens, document).
+ROWS = {
+    "one document": [[(8, 0)] * 7] * 2,
+    "ragged": [[(8, 0)] * 6 + [(3, 0)], [(8, 0)] * 3 + [(8, 1)] * 3 + [(1, 1)]],
+    "less than a chunk": [[(5, 0)]],
+    "a document per chunk": [[(8, n) for n in range(6)], [(n + 1, n) for n in range(6)]],
+    "packed": [[(8, 0)] * 4 + [(2, 0), (8, 1), (8, 1), (7, 1), (8, 2)], [(8, 0), (1, 0), (6, 1)] + [(8, 2)] * 6],
+    "closed early": [[(8, 0), (3, 0), (8, 0), (1, 0), (8, 0), (5, 0), (8, 0), (2, 0)], [(2, 0)] * 5 + [(7, 1)] * 3],
+    "empty chunks": [
+        [(8, 0), (8, 0), (0, 0), (4, 0), (0, 0), (0, 0), (8, 0), (8, 0), (8, 0)],
+        [(0, 0), (8, 1), (8, 1), (8, 1), (8, 1), (8, 1), (2, 1), (0, 0), (0, 0)],
+    ],
+    "a row of nothing": [[(0, 0)] * 5, [(8, 0)] * 5],
+    "nothing": [[(0, 0)] * 3],
+}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """Random arguments of the block core."""
+
+    table: Table
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    summaries: tuple[Tensor, Tensor] | None
+    pages: Pages | None
+    bias: Tensor | None
+    window: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        pages = [] if self.pages is None or not self.pages.k.numel() else [self.pages.k, self.pages.v]
+        found = [self.q, self.k, self.v, *(self.summaries or ()), *pages, self.bias]
+        return [x for x in found if x is not None]
+
+    @property
+    def arguments(self) -> tuple:
+        return self.q, self.k, self.v, self.summaries, self.pages, self.bias
+
+    def run(self, backend: str = "reference") -> Tensor:
+        return block_attention(
+            *self.arguments, chunks=self.table, window=self.window, scale=self.q.shape[-1] ** -0.5, backend=backend
+        )
+
+    def oracle(self) -> Tensor:
+        return block_oracle.attention(*self.arguments, self.table, self.window, self.q.shape[-1] ** -0.5)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in `dtype`, as new leaves; the bias in fp32 at least."""
+
+        def leaf(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+            return x.detach().to(dtype).requires_grad_()
+
+        wide = dtype if dtype == torch.float64 else torch.float32
+        pages = self.pages
+        return replace(
+            self,
+            q=leaf(self.q),
+            k=leaf(self.k),
+            v=leaf(self.v),
+            summaries=None if self.summaries is None else (leaf(self.summaries[0]), leaf(self.summaries[1])),
+            pages=None if pages is None else replace(pages, k=leaf(pages.k), v=leaf(pages.v)),
+            bias=None if self.bias is None else leaf(self.bias, wide),
+        )
+
+
+def case(
+    rows: str,
+    *,
+    window: int = 2,
+    first: int = 0,
+    missing: int = 0,
+    heads: tuple[int, int] = (4, 2),
+    channels: int = 16,
+    recalled: int = 2,
+    summaries: bool = True,
+    bias: str = "groups",
+    seed: int = 0,
+) -> Case:
+    """Arguments in fp64; window in chunks; `missing`: slots that the row ends before its last chunk does."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    table = Table.of(C, ROWS[rows], first)
+    (batch, number), (query_heads, groups) = table.lengths.shape, heads
+    slots, halo = table.count * C - missing, min(window - 1, first)
+    biases = {"none": None, "shared": (batch, slots, 1, 3), "groups": (batch, slots, groups, 3)}[bias]
+    return Case(
+        table=table,
+        q=normal(batch, slots, query_heads, channels),
+        k=normal(batch, halo * C + slots, groups, channels),
+        v=normal(batch, halo * C + slots, groups, channels),
+        summaries=tuple(normal(batch, number, groups, channels) for _ in range(2)) if summaries else None,
+        pages=recall(table, window, groups, channels, recalled, generator) if recalled else None,
+        bias=None if biases is None else normal(*biases),
+        window=window * C,
+    )
+
+
+def recall(
+    table: Table, window: int, groups: int, channels: int, recalled: int, generator: torch.Generator
+) -> Pages:
+    """Random chunks out of those that may be recalled; those that are neither at hand nor in the halo are pages."""
+    batch, number = table.lengths.shape
+    halo = min(window - 1, table.first)
+    stored = max(table.first - halo, 0)
+    index = torch.full((batch, table.count, groups, recalled), -1)
+    for row in range(batch):
+        for here in range(table.count):
+            for group in range(groups):
+                chunk = table.first + here
+                document = table.documents[row, chunk]
+                old = [c for c in range(chunk - window + 1) if document >= 0 and table.documents[row, c] == document]
+                picked = torch.randperm(len(old), generator=generator)[:recalled].sort().values
+                places = [old[p] - table.first + halo for p in picked]
+                # pages lie behind those at hand, here in descending order
+                places = [p if p >= 0 else halo + table.count - 1 - p for p in places]
+                index[row, here, group, : len(places)] = torch.tensor(places, dtype=torch.int64)
+    order = list(range(stored))[::-1]
+    k, v = (
+        torch.randn(batch, groups, stored, C, channels, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    )
+    lengths = table.lengths[:, order][:, None].expand(batch, groups, stored).contiguous()
+    return Pages(k, v, lengths, index)
+
+
+CASES = {
+    **{rows: {"rows": rows} for rows in ROWS},
+    "ragged slots": {"rows": "one document", "missing": 5},
+    "ragged slots of one chunk": {"rows": "less than a chunk", "missing": 3},
+    "one query head per KV head": {"rows": "packed", "heads": (3, 3)},
+    "seven query heads per KV head": {"rows": "packed", "heads": (7, 1), "channels": 128},
+    "64 channels": {"rows": "closed early", "channels": 64},
+    "one bias for all heads": {"rows": "packed", "bias": "shared"},
+    "no bias": {"rows": "closed early", "bias": "none"},
+    "no summaries": {"rows": "packed", "summaries": False},
+    "nothing recalled": {"rows": "packed", "recalled": 0},
+    "window alone": {"rows": "packed", "recalled": 0, "summaries": False},
+    "window of one chunk": {"rows": "empty chunks", "window": 1},
+    "window of four chunks": {"rows": "packed", "window": 4},
+    "a part, its halo short": {"rows": "packed", "first": 1, "window": 3},
+    "a part with pages": {"rows": "one document", "first": 4, "window": 2, "recalled": 3},
+    "a part with pages, closed early": {"rows": "closed early", "first": 5, "window": 2, "recalled": 3},
+    "a part with pages, no halo": {"rows": "empty chunks", "first": 6, "window": 1, "recalled": 3},
+    "a part whose halo spans it": {"rows": "packed", "first": 7, "window": 5},
+    "a ragged part": {"rows": "one document", "first": 5, "missing": 3, "recalled": 3},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("block", [1, blocks.BLOCK_SCORES], ids=["chunk by chunk", "large blocks"])
+def test_is_the_dense_masked_attention(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_SCORES", block)
+    given = case(**CASES[name])
+    found, exact = given.run(), given.oracle()
+    terms = 4 * given.q.shape[-1]
+    assert_same(found, exact, terms, given.v)
+    assert_same_gradients(found, exact, given.tensors, terms)
+
+
+def test_all_dtypes_hide_a_level_by_a_bias_of_minus_infinity() -> None:
+    """Hidden summaries are no summaries, and likewise recalled chunks; nothing flows back through them."""
+    given = case("packed")
+    for level, without in ((1, {"summaries": None}), (2, {"pages": None})):
+        bias = given.bias.detach().clone()
+        bias[..., level] = -INFINITY
+        hidden = replace(given, bias=bias.requires_grad_())
+        kept = replace(given, bias=bias.detach().clone().requires_grad_(), **without)
+        found, exact = hidden.run(), kept.oracle()
+        terms = 4 * given.q.shape[-1]
+        assert_same(found, exact, terms, given.v)
+        assert_same_gradients(found, exact, [given.q, given.k, given.v], terms)
+        grads = torch.autograd.grad(hidden.run().sum(), [hidden.bias, *given.summaries])
+        assert not bool(grads[0][..., level].any())
+        assert level == 2 or not any(bool(g.any()) for g in grads[1:])
+
+
+def sdpa(given: Case) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (given.q, given.k, given.v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("missing", [0, 5])
+def test_a_window_as_long_as_the_row_is_dense_attention(missing: int) -> None:
+    given = case("one document", window=9, missing=missing, recalled=0)
+    given = replace(given, bias=torch.zeros_like(given.bias))
+    found, exact = given.run(), sdpa(given)
+    assert_same(found, exact, 64, given.v)
+    assert_same_gradients(found, exact, [given.q, given.k, given.v], 64)
+
+
+def test_recalling_every_chunk_without_summaries_is_dense_attention() -> None:
+    given = case("one document", window=2, recalled=7)
+    bias = torch.zeros_like(given.bias)
+    bias[..., 1] = -INFINITY
+    given = replace(given, bias=bias)
+    found, exact = given.run(), sdpa(given)
+    assert_same(found, exact, 64, given.v)
+    assert_same_gradients(found, exact, [given.q, given.k, given.v], 64)
+
+
+def test_the_gradient_of_the_bias_sums_to_zero_over_the_levels() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        given = case("packed").to(dtype)
+        (grad,) = torch.autograd.grad(given.run().float().square().sum(), [given.bias])
+        assert bool(grad.any())
+        assert_same(grad.sum(dim=-1), torch.zeros_like(grad[..., 0]), 64, grad)
+
+
+def test_a_common_bias_changes_nothing() -> None:
+    given = case("packed")
+    shifted = replace(given, bias=given.bias + 3)
+    assert_same(shifted.run(), given.run(), 64, given.v)
+
+
+@pytest.mark.parametrize("name", ["packed", "closed early", "empty chunks", "a row of nothing"])
+def test_no_later_token_changes_a_bit(name: str) -> None:
+    given = case(name, recalled=3).to(torch.float32)
+    with torch.no_grad():
+        before = given.run()
+        for slot in range(0, given.q.shape[1] - 1, 3):
+            q, k, v = (x.detach().clone() for x in (given.q, given.k, given.v))
+            for x in (q, k, v):
+                x[:, slot + 1 :] = torch.randn_like(x[:, slot + 1 :]) * 1e3
+            bias = given.bias.detach().clone()
+            bias[:, slot + 1 :] -= 5
+            # a summary holds its chunk's last token; recalled chunks are chosen by earlier ones
+            summaries = tuple(x.detach().clone() for x in given.summaries)
+            for x in summaries:
+                x[:, (slot + 1) // C :] *= -1e3
+            index = given.pages.index.clone()
+            index[:, slot // C + 1 :] = index[:, slot // C + 1 :].masked_fill(torch.rand(index[:, slot // C + 1 :].shape) < 0.5, -1)
+            pages = replace(given.pages, index=index)
+            after = replace(given, q=q, k=k, v=v, bias=bias, summaries=summaries, pages=pages).run()
+            assert_bitwise(after[:, : slot + 1], before[:, : slot + 1])
+
+
+@pytest.mark.parametrize("name", ["packed", "closed early", "empty chunks", "a document per chunk"])
+def test_no_other_document_and_no_padding_changes_a_bit(name: str) -> None:
+    """Not even as NaN, neither outputs nor gradients."""
+    given = case(name, recalled=3).to(torch.float32)
+    table = given.table
+    slots = given.q.shape[1]
+    owner = table.documents.masked_fill(table.lengths == 0, -1)
+    real = (torch.arange(C) < table.lengths[..., None]).flatten(1)[:, :slots]
+    document = owner.repeat_interleave(C, dim=1)[:, :slots].masked_fill(~real, -1)
+    direction = torch.randn(given.q.shape)
+
+    def run(case: Case, kept: Tensor) -> list[Tensor]:
+        """The outputs and the gradients of the tokens in `kept` [B, S]."""
+        out = case.run()
+        grads = torch.autograd.grad(out, [case.q, case.k, case.v, case.bias], direction * kept[..., None, None])
+        return [x[kept] for x in (out, *grads)]
+
+    for number in range(int(document.max()) + 1):
+        kept = document == number
+        spoilt = case(name, recalled=3).to(torch.float32)
+        with torch.no_grad():
+            for x in (spoilt.q, spoilt.k, spoilt.v, spoilt.bias):
+                x[~kept] = float("nan")
+            for x in spoilt.summaries:
+                x[owner != number] = float("nan")
+        for found, expected in zip(run(spoilt, kept), run(given, kept), strict=True):
+            assert_bitwise(found, expected)
+
+
+def test_padding_is_zero_and_has_no_gradient() -> None:
+    given = case("empty chunks")
+    with torch.no_grad():
+        real = (torch.arange(C) < given.table.lengths[..., None]).flatten(1)
+        for x in given.tensors[:3]:
+            x[~real] = float("nan")
+        given.bias[~real] = float("nan")
+    out = given.run()
+    assert not bool(out[~real].any())
+    # from a loss that looks at padding, too
+    for grad in torch.autograd.grad(out, [given.q, given.k, given.v], torch.ones_like(out)):
+        assert not bool(grad[~real].any()) and bool(torch.isfinite(grad).all())
+
+
+def test_rows_of_nothing_are_zero() -> None:
+    given = case("nothing")
+    out = given.run()
+    assert not bool(out.any())
+    assert not any(bool(grad.any()) for grad in torch.autograd.grad(out.sum(), given.tensors))
+
+
+def masked_sdpa(given: Case) -> Tensor:
+    """PyTorch's own operation in the precision of `given`, over the same keys in the same row."""
+    exact = given.to(torch.float64)
+    columns = []
+    slots, heads, groups = *given.q.shape[1:3], given.k.shape[2]
+    for group in range(groups):
+        level = block_oracle.levels(given.table, slots, given.window, 0, group, given.summaries[0].shape[1], given.pages)
+        k = torch.cat([given.k[0, :, group], given.summaries[0][0, :, group]])
+        v = torch.cat([given.v[0, :, group], given.summaries[1][0, :, group]])
+        mask = exact.bias[0, :, group if given.bias.shape[2] > 1 else 0].detach().gather(1, level.clamp_min(0))
+        mask = mask.masked_fill(level < 0, -INFINITY).to(given.q.dtype)
+        for head in range(group * (heads // groups), (group + 1) * (heads // groups)):
+            columns.append(F.scaled_dot_product_attention(given.q[:, :, head], k[None], v[None], mask[None])[0])
+    return torch.stack(columns, dim=1)[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_as_accurate_as_pytorchs(dtype: torch.dtype) -> None:
+    given = case("less than a chunk", channels=64)
+    given = replace(given, table=Table.of(C, [[(8, 0)] * 12]))
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(1, 96, 4, 64, generator=generator)
+    k, v = (torch.randn(1, 96, 2, 64, generator=generator) for _ in range(2))
+    summaries = tuple(x.unflatten(1, (12, C)).mean(dim=2) for x in (k, v))
+    bias = torch.randn(1, 96, 2, 3, generator=generator).to(dtype)
+    pages = recall(given.table, 2, 2, 64, 3, generator)
+    low = replace(given, q=q, k=k, v=v, summaries=summaries, pages=pages, bias=bias).to(dtype)
+    peer, exact = low.to(dtype), low.to(torch.float64)
+    found, other, right = low.run(), masked_sdpa(peer), exact.oracle()
+    assert found.dtype == dtype
+    assert_as_accurate(found, other, right)
+    direction = torch.randn(q.shape, generator=generator).to(dtype)
+    wanted = [
+        torch.autograd.grad(out, [x.q, x.k, x.v, *x.summaries], direction.to(out.dtype))
+        for out, x in ((found, low), (other, peer), (right, exact))
+    ]
+    for grad, other_grad, right_grad in zip(*wanted, strict=True):
+        assert_as_accurate(grad, other_grad, right_grad)
+
+
+def test_the_gradients_are_those_of_finite_differences() -> None:
+    given = case("one document", first=4, missing=5, heads=(2, 1), channels=3, recalled=2)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        pages = replace(given.pages, k=rest[2], v=rest[3])
+        return replace(given, q=q, k=k, v=v, summaries=rest[:2], pages=pages, bias=rest[4]).run()
+
+    assert torch.autograd.gradcheck(run, given.tensors, fast_mode=True)
+
+
+def test_the_backward_runs_twice_to_the_same_bits() -> None:
+    given = case("packed", recalled=3).to(torch.float32)
+    first, second = (torch.autograd.grad(given.run().square().sum(), given.tensors) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 12}, "window is 12"),
+        ({"v": torch.zeros(2, 56, 1, 16)}, "v has shape"),
+        ({"bias": torch.zeros(2, 56, 2, 2)}, "bias has shape"),
+        ({"table": Table.of(C, [[(8, 0)] * 6] * 2)}, "56 slots are 7 chunks of 8"),
+        ({"summaries": (torch.zeros(2, 2, 2, 16),) * 2}, "2 summaries"),
+        ({"q": torch.zeros(2, 56, 5, 16)}, "5 query heads over 2 KV heads"),
+    ],
+)
+def test_contradicting_shapes_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(case("one document", recalled=0), **change).run()
+
+
+def test_the_backend_is_chosen_by_device(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert choose("auto", "cpu") == "reference"
+    assert "reference on cpu" in caplog.text
+    assert choose("auto", "cuda") == choose("flex", "cuda") == "flex"
+    assert choose("reference", "cuda") == "reference"
+    with pytest.raises(ConfigError, match=r"attention\.block_backend is flex: .* no backward on cpu"):
+        choose("flex", "cpu")
+    with pytest.raises(ConfigError, match=r"attention\.block_backend is fast"):
+        choose("fast", "cpu")
