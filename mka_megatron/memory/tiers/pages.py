@@ -135,14 +135,23 @@ class Seal:
         return xxhash.xxh3_64_intdigest(record[_CHECKSUM.size : self._used])
 
 
-def pack(shape: PageShape, records: Tensor, **values: Tensor) -> None:
-    """Copy `values` by field name, [P, *shape of the field], into uint8 `records` [P, record bytes]."""
+def pack(shape: PageShape, record_bytes: int, **values: Tensor | None) -> Tensor:
+    """Records not yet sealed, uint8 [P, record_bytes] in host memory, of the fields' values [P, *its shape] by name."""
+    count = next(len(value) for value in values.values() if value is not None)
+    records = torch.empty(count, record_bytes, dtype=torch.uint8)
+    records[:, shape.used_bytes :] = 0
     for name, value in values.items():
-        field(shape, records, name).copy_(value)
+        if value is not None:
+            _field(shape, records, name).copy_(value.detach())
+    return records
 
 
-def field(shape: PageShape, records: Tensor, name: str) -> Tensor:
-    """The field `name`, [P, *its shape], as a view of uint8 `records` [P, record bytes]."""
+def unpack(shape: PageShape, records: Tensor) -> dict[str, Tensor]:
+    """The fields of uint8 [P, record bytes], [P, *its shape] by name, as views."""
+    return {name: _field(shape, records, name) for name in shape.fields}
+
+
+def _field(shape: PageShape, records: Tensor, name: str) -> Tensor:
     begin, end, dims, dtype = shape.fields[name]
     # [P, bytes] -> [P, values] -> [P, *dims]
     return records[:, begin:end].view(dtype).unflatten(1, dims)
