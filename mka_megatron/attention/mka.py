@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mka_megatron.attention.fastmka import l2_summary
+from mka_megatron.attention.fastmka import summaries
 from mka_megatron.attention.flash import causal_backward, causal_forward
 from mka_megatron.attention.grouped import causal_attention
 from mka_megatron.attention.inputs import Finish, RouteInputs
+from mka_megatron.attention.long_term import available, l3_level, mixes_l3
 from mka_megatron.config.schema import Config
 from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.view import NO_MEMORY, Memory
+from mka_megatron.memory.view import NO_MEMORY, Memory, View
 
 
 def attend(
@@ -43,22 +44,32 @@ def attend(
     Args:
         q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], raw.
         route: the gate's output; None when L1 is the only level, where both mixtures are plain attention.
-        config: reads attention.mixture and routing.mode.
+        config: reads attention.mixture, routing.mode and which levels are enabled.
+        memory: with L3, chunks of the rows and the selector; the view of the slots before.
 
     Returns:
         ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route).
         Raises ValueError for routing.mode top1 under the score mixture.
     """
-    q = finish.q(q)
-    if route is None:
-        return causal_attention(q, finish.k(k), v, documents, scale), None
-    keys = [finish.k(k), finish.k(l2_summary(k, route.decay_k, documents, memory.view, "k")[0])]
-    values = [v, l2_summary(v, route.decay_v, documents, memory.view, "v")[0]]
+    if route is None or route.logits is None:
+        return causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view), None
+    assert route.beta is not None
+    size = 0
+    k3, v3 = None, None
+    if mixes_l3(config):
+        k3, v3 = l3_level(q, k, v, finish, documents, scale, memory)
+        assert memory.chunks is not None
+        size = memory.chunks.size
+    later_k, _ = summaries(k, k3, route.decay_k, documents, config, memory.view, "k")
+    later_v, _ = summaries(v, v3, route.decay_v, documents, config, memory.view, "v")
+    q, keys, values = finish.q(q), [finish.k(level) for level in (k, *later_k)], [v, *later_v]
+    levels = available(route.logits, config, memory)
     if config.attention.mixture == "score":
-        bias = routing.score_bias(route.logits, None, config.routing.mode)
-        return score_mixture(q, keys, values, bias, documents, scale), bias.detach().softmax(dim=-1)
-    weights = routing.route(route.logits, None, config.routing.mode)
-    return output_mixture(q, keys, values, weights, route.beta, documents, scale), weights.detach()
+        bias = routing.score_bias(route.logits, levels, config.routing.mode)
+        return score_mixture(q, keys, values, bias, documents, scale, size), bias.detach().softmax(dim=-1)
+    weights = routing.route(route.logits, levels, config.routing.mode)
+    out = output_mixture(q, keys, values, weights, route.beta, documents, scale, memory.view, size)
+    return out, weights.detach()
 
 
 def output_mixture(
@@ -69,6 +80,7 @@ def output_mixture(
     beta: Tensor,
     documents: Documents,
     scale: float,
+    view: View = NO_MEMORY.view,
 ) -> Tensor:
     """out_1 + beta * (sum_l lambda_l out_l - out_1), Algorithm 1 for beta = 1.
 
@@ -76,16 +88,19 @@ def output_mixture(
         q: [B, S, H, d], finished; keys, values: L tensors [B, S, G, d], finished keys.
         weights: [B, S, L] or [B, S, G, L], summing to one over L.
         beta: scalar or [1].
+        view: of the slots before.
+        late: slots of each document without a key of the last level, whose weight is 0 there.
 
     Returns:
         [B, S, H, d], dtype of q.
     """
     # [B, S, L] -> [B, S, H or 1, L]
     shares = beta * (_per_head(weights, q.shape[2]) if weights.dim() == 4 else weights[:, :, None])
-    first = causal_attention(q, keys[0], values[0], documents, scale).to(shares.dtype)
+    first = causal_attention(q, keys[0], values[0], documents, scale, view).to(shares.dtype)
     mixed = first
     for level in range(1, len(keys)):
-        out = causal_attention(q, keys[level], values[level], documents, scale)
+        where = documents.once(Documents.later, late) if late and level == len(keys) - 1 else documents
+        out = causal_attention(q, keys[level], values[level], where, scale, view)
         mixed = mixed + shares[..., level, None] * (out.to(shares.dtype) - first)
     return mixed.to(q.dtype)
 
@@ -97,6 +112,7 @@ def score_mixture(
     bias: Tensor,
     documents: Documents,
     scale: float,
+    late: int = 0,
 ) -> Tensor:
     """One softmax over the keys of all levels, level l's scores raised by its bias (eq. 5 with bias = log lambda).
 
@@ -105,18 +121,29 @@ def score_mixture(
     Args:
         q: [B, S, H, d], finished; keys, values: L tensors [B, S, G, d], finished keys.
         bias: fp32 (or wider), [B, S, L] or [B, S, G, L], -inf where a level takes no part (never all of them).
-        documents: boundaries of the [B, S] slots.
+        documents: boundaries of the [B, S] slots, which are whole rows.
         scale: factor on the scores.
+        late: slots of each document without a key of the last level, whose bias is -inf there; no run of tokens
+            begins within them.
 
     Returns:
         [B, S, H, d], dtype of q, 0 on padding. Differentiable once in q, keys, values and bias; the gradient of the
-        bias sums to zero over the levels.
+        bias sums to zero over the levels. Raises ValueError for a part of rows.
     """
+    if documents.whole is not None:
+        raise ValueError("attention.mixture score works on whole rows, these are a part: use mixture output.")
+    heads = tuple(min(late, end - begin) for _, begin, end in documents.once(_first_runs))
     if documents.gaps:
         moved = documents.compacted
         q, bias, *rest = (moved.take(x) for x in (q, bias, *keys, *values))
-        return moved.put(_ScoreMixture.apply(q, bias, moved.documents, scale, *rest))
-    return _ScoreMixture.apply(q, bias, documents, scale, *keys, *values)
+        return moved.put(_ScoreMixture.apply(q, bias, moved.documents, scale, heads, *rest))
+    return _ScoreMixture.apply(q, bias, documents, scale, heads, *keys, *values)
+
+
+def _first_runs(documents: Documents) -> tuple[Span, ...]:
+    """The first run of every document."""
+    runs = {(row, begin): (row, begin, end) for row, begin, end in documents.runs}
+    return tuple(runs[row, begin] for row, begin, _ in documents.spans)
 
 
 def _per_head(per_group: Tensor, heads: int) -> Tensor:
@@ -128,8 +155,9 @@ def _per_head(per_group: Tensor, heads: int) -> Tensor:
 class _ScoreMixture(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, bias: Tensor, documents: Documents, scale: float, *keys_values: Tensor
-    ) -> Tensor:
+        ctx: Any, q: Tensor, bias: Tensor, documents: Documents, scale: float, heads: tuple[int, ...],
+        *keys_values: Tensor,
+    ) -> Tensor:  # fmt: skip
         levels = len(keys_values) // 2
         keys, values = keys_values[:levels], keys_values[levels:]
         # [B, S, H, L] -> [L, B, H, S]; fp64, for a logsumexp's roundoff is a relative error of its probabilities
@@ -139,24 +167,34 @@ class _ScoreMixture(torch.autograd.Function):
         total = torch.zeros_like(biases[0], memory_format=torch.contiguous_format)
         dtype = torch.promote_types(q.dtype, torch.float32)
         shares = torch.zeros_like(biases, dtype=dtype, memory_format=torch.contiguous_format)
+        scores = biases.clone()
+        regions = documents.regions
+        pieces = [_pieces(times, late, length, levels)
+                  for (_, times), late, length in zip(regions, heads, documents.lengths, strict=False)]  # fmt: skip
         extras: list[list[tuple[Any, ...]]] = []
-        for rows, times in documents.regions:
-            parts = [causal_forward(q[rows, times], k[rows, times], v[rows, times], scale)
-                     for k, v in zip(keys, values, strict=True)]  # fmt: skip
-            scores = torch.stack([lse for _, lse, _ in parts]) + biases[:, rows, :, times]
-            total[rows, :, times] = scores.logsumexp(dim=0)
-            shares[:, rows, :, times] = (scores - total[rows, :, times]).exp()
+        for (rows, times), own in zip(regions, pieces, strict=True):
+            extras.append([])
+            for level, here in enumerate(own):
+                if here is None:
+                    extras[-1].append(())
+                    continue
+                level_outs[level][rows, here], lse, extra = causal_forward(
+                    q[rows, here], keys[level][rows, here], values[level][rows, here], scale
+                )
+                scores[level, rows, :, here] += lse
+                extras[-1].append(extra)
+            raised = scores[:, rows, :, times]
+            total[rows, :, times] = raised.logsumexp(dim=0)
+            shares[:, rows, :, times] = (raised - total[rows, :, times]).exp()
             mixed = sum(
                 # [B, H, S] -> [B, S, H, 1]
-                share.transpose(1, 2)[..., None] * level_out.to(share.dtype)
-                for share, (level_out, _, _) in zip(shares[:, rows, :, times], parts, strict=True)
+                share.transpose(1, 2)[..., None] * level_out[rows, times].to(share.dtype)
+                for share, level_out in zip(shares[:, rows, :, times], level_outs, strict=True)
             )
             out[rows, times] = mixed.to(out.dtype)
-            for kept, (level_out, _, _) in zip(level_outs, parts, strict=True):
-                kept[rows, times] = level_out
-            extras.append([extra for _, _, extra in parts])
         ctx.save_for_backward(q, bias, out, total, shares, *level_outs, *keys_values)
-        ctx.documents, ctx.scale, ctx.extras = documents, scale, extras
+        ctx.pieces = [(rows, own) for (rows, _), own in zip(regions, pieces, strict=True)]
+        ctx.scale, ctx.extras = scale, extras
         return out
 
     @staticmethod
@@ -169,17 +207,19 @@ class _ScoreMixture(torch.autograd.Function):
         grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
         grad_keys = [torch.zeros_like(k, memory_format=torch.contiguous_format) for k in keys]
         grad_values = [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in values]
-        for (rows, times), extras in zip(ctx.documents.regions, ctx.extras, strict=True):
-            for level in range(levels):
+        for (rows, own), extras in zip(ctx.pieces, ctx.extras, strict=True):
+            for level, here in enumerate(own):
+                if here is None:
+                    continue
                 # exp(s + b_l - LSE) = exp(s - (LSE - b_l)): this level's part of the one softmax
-                lse = (total[rows, :, times] - biases[level, rows, :, times]).to(shares.dtype)
+                lse = (total[rows, :, here] - biases[level, rows, :, here]).to(shares.dtype)
                 part_q, part_k, part_v = causal_backward(
-                    grad[rows, times], q[rows, times], keys[level][rows, times], values[level][rows, times],
-                    out[rows, times], lse, extras[level], ctx.scale,
+                    grad[rows, here], q[rows, here], keys[level][rows, here], values[level][rows, here],
+                    out[rows, here], lse, extras[level], ctx.scale,
                 )  # fmt: skip
-                grad_q[rows, times] += part_q
-                grad_keys[level][rows, times] = part_k
-                grad_values[level][rows, times] = part_v
+                grad_q[rows, here] += part_q
+                grad_keys[level][rows, here] = part_k
+                grad_values[level][rows, here] = part_v
         grad_bias = None
         if ctx.needs_input_grad[1]:
             wide = grad.to(shares.dtype)
@@ -191,4 +231,11 @@ class _ScoreMixture(torch.autograd.Function):
             groups = bias.shape[2] if bias.dim() == 4 else 1
             grad_bias = per_head.unflatten(2, (groups, -1)).sum(dim=3)
             grad_bias = grad_bias.view(bias.shape).to(bias.dtype)
-        return grad_q, grad_bias, None, None, *grad_keys, *grad_values
+        return grad_q, grad_bias, None, None, None, *grad_keys, *grad_values
+
+
+def _pieces(times: slice, late: int, length: int, levels: int) -> list[slice | None]:
+    """Of a region of `length` slots, those with keys of each level: `late` of them less for the last one, None if
+    that leaves nothing."""
+    behind = slice((times.start or 0) + late, times.stop) if late < length else None
+    return [times] * (levels - 1) + [behind]

@@ -284,15 +284,35 @@ def _check_parallel(config: Config) -> None:
                          "set parallel.pipeline_parallel to 1")
         raise refuse("parallel.pipeline_parallel", parallel.pipeline_parallel,
                      "pipeline stages are not supported; set it to 1 and use tensor_parallel or ZeRO-3")
-    if parallel.context_parallel != 1:
-        raise refuse("parallel.context_parallel", parallel.context_parallel,
-                     "context parallelism is not available yet; set it to 1")
+    if parallel.context_parallel > 1:
+        _check_context(config)
     if parallel.sequence_parallel and parallel.tensor_parallel == 1:
         raise refuse("parallel.sequence_parallel", True,
                      "it shards over the tensor-parallel ranks; set parallel.tensor_parallel above 1, or turn it off")
-    if parallel.sequence_parallel and sequence % parallel.tensor_parallel:
+    shares = parallel.tensor_parallel * parallel.context_parallel
+    if parallel.sequence_parallel and sequence % shares:
         raise refuse("data.sequence_length", sequence, "with parallel.sequence_parallel it must be a multiple of "
-                     f"parallel.tensor_parallel ({parallel.tensor_parallel})")
+                     f"parallel.tensor_parallel x context_parallel ({shares})")
+
+
+def _check_context(config: Config) -> None:
+    """Rows that context-parallel ranks share."""
+    ranks, attention, l2 = config.parallel.context_parallel, config.attention, config.memory_hierarchy.l2
+    if attention.variant == "mla":
+        raise refuse("parallel.context_parallel", ranks, "latent attention is not shared over ranks; set it to 1, or use "
+                     "another attention.variant")
+    if attention.mixture == "score":
+        raise refuse("parallel.context_parallel", ranks,
+                     "attention.mixture score is not shared over ranks; set it to 1, or use mixture output")
+    if attention.variant in ("mka", "fastmka") and l2.enabled and l2.summary == "mean":
+        raise refuse("memory_hierarchy.l2.summary", "mean", "between context-parallel ranks only the ema carries its "
+                     "state; use ema, or set parallel.context_parallel to 1")
+    sequence, chunk = config.data.sequence_length, config.memory_hierarchy.l1.chunk_size
+    if sequence % ranks:
+        raise refuse("data.sequence_length", sequence, f"it must be a multiple of parallel.context_parallel ({ranks})")
+    if needs_chunks(config) and sequence % (ranks * chunk):
+        raise refuse("data.sequence_length", sequence, "every context-parallel rank holds whole chunks; make it a "
+                     f"multiple of parallel.context_parallel x memory_hierarchy.l1.chunk_size ({ranks * chunk})")
 
 
 def _check_data(config: Config) -> None:
