@@ -32,6 +32,11 @@ class Batch:
     documents: Documents
     """Where documents begin and which slots are padding."""
 
+    def part(self, begin: int, end: int) -> Batch:
+        """The slots [begin, end) of every row; raises ValueError where they are not there."""
+        documents = self.documents.part(begin, end)
+        return Batch(self.tokens[:, begin:end], self.labels[:, begin:end], documents)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
         return Batch(

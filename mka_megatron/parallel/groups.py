@@ -18,7 +18,7 @@ from mka_megatron.parallel import cpu_host
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands. `cp` is always a group of one until context parallelism exists."""
+    """Where this process stands."""
 
     rank: int
     world_size: int
@@ -43,7 +43,7 @@ class Topology:
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold replicas of this rank's shard."""
+        """Ranks that hold replicas of this rank's shard and see other rows."""
         return self.groups.dp
 
     @property
@@ -55,6 +55,31 @@ class Topology:
     def dp_rank(self) -> int:
         """Rank within the data-parallel group."""
         return self.groups.dp.rank()
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Ranks that share each row of the batch, in the order of its slots."""
+        return self.groups.cp
+
+    @property
+    def cp_size(self) -> int:
+        """Context-parallel size."""
+        return self.groups.cp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        """Rank within the context-parallel group."""
+        return self.groups.cp.rank()
+
+    @property
+    def dp_cp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold this rank's weights: replicas and the ranks they share their rows with."""
+        return self.groups.dp_cp
+
+    @property
+    def dp_cp_rank(self) -> int:
+        """Rank within that group."""
+        return self.groups.dp_cp.rank()
 
 
 def initialize(parallel: ParallelConfig, timeout_seconds: int = 1800, seed: int = 1234) -> Topology:

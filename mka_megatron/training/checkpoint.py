@@ -211,6 +211,7 @@ def _layout(engine: Engine) -> dict[str, Any]:
     return {
         "world size": topology.world_size,
         "parallel.tensor_parallel": topology.tp_size,
+        "parallel.context_parallel": topology.cp_size,
         "parallel.data_parallel": topology.dp_size,
         "engine.zero_stage": config.engine.zero_stage,
         "engine.offload_optimizer": config.engine.offload_optimizer,

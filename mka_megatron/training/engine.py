@@ -107,14 +107,19 @@ class Engine:
         optimizer = build_optimizer(config, model, topology.device)
         self.optimizer_name = type(optimizer).__name__
         self.deepspeed = _initialize(config, model, optimizer, topology)
+        self.averaged_over = topology.dp_size
+        if config.engine.zero_stage == 3 and self.deepspeed.zero_reduce_scatter():
+            self.averaged_over *= topology.cp_size  # the other reductions of DeepSpeed 0.19 leave these ranks out
         if isinstance(scaler := getattr(self.deepspeed.optimizer, "loss_scaler", None), DynamicLossScaler):
             scaler.raise_error_at_min_scale = False  # the guard below stops the run, with a reason
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over this rank's `accumulation` micro-batches of the global batch.
+        """One optimizer step over this replica's `accumulation` micro-batches of the global batch.
+
+        Context-parallel ranks bring the same rows; each computes its shard of them.
 
         Raises:
-            ValueError: another number of micro-batches.
+            ValueError: another number of micro-batches, or rows that the context-parallel ranks cannot share.
             NonFiniteError: this was the `training.max_bad_steps`-th bad step in a row.
         """
         if len(micro_batches) != self.accumulation:
@@ -123,9 +128,10 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
+        micro_batches = [self._shard(batch) for batch in micro_batches]
         labels = self._count_labels(micro_batches)
         # DeepSpeed averages over replicas and micro-batches; the loss is a mean over labels.
-        scale = self.topology.dp_size * self.accumulation / max(labels, 1)
+        scale = self.averaged_over * self.accumulation / max(labels, 1)
         total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for index, batch in enumerate(micro_batches):
             batch = batch.to(self.topology.device)
@@ -133,7 +139,7 @@ class Engine:
             total += nll.detach()
             factor = torch.tensor(scale, dtype=torch.float32, device=nll.device)
             if index + 1 == self.accumulation:
-                dist.all_reduce(total, group=self.topology.dp_group)
+                dist.all_reduce(total, group=self.topology.dp_cp_group)
                 # A non-finite loss on any rank makes every rank's gradient NaN, so all skip alike.
                 factor = torch.where(torch.isfinite(total), factor, torch.nan)
             self._backward(nll * factor)
@@ -150,10 +156,10 @@ class Engine:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
         for batch in batches:
-            batch = batch.to(self.topology.device)
+            batch = self._shard(batch).to(self.topology.device)
             sums[0] += self.deepspeed(batch.tokens, batch.documents, batch.labels).sum()
             sums[1] += (batch.labels != IGNORE).sum()
-        dist.all_reduce(sums, group=self.topology.dp_group)
+        dist.all_reduce(sums, group=self.topology.dp_cp_group)
         total, labels = sums.tolist()
         return EvalResult(loss=total / max(labels, 1), tokens=int(labels))
 
@@ -162,10 +168,20 @@ class Engine:
         self.deepspeed.destroy()
         deepspeed.utils.groups.mpu = None  # it would keep every process group alive until the interpreter ends
 
+    def _shard(self, batch: Batch) -> Batch:
+        """This rank's slots of the rows."""
+        ranks, slots = self.topology.cp_size, batch.tokens.shape[1]
+        if ranks == 1:
+            return batch
+        if slots % ranks:
+            raise ValueError(f"rows of {slots} slots cannot be shared by {ranks} context-parallel ranks.")
+        begin = self.topology.cp_rank * (slots // ranks)
+        return batch.part(begin, begin + slots // ranks)
+
     def _count_labels(self, micro_batches: Sequence[Batch]) -> int:
         count = torch.stack([(batch.labels != IGNORE).sum() for batch in micro_batches]).sum()
         count = count.to(self.topology.device)
-        dist.all_reduce(count, group=self.topology.dp_group)
+        dist.all_reduce(count, group=self.topology.dp_cp_group)
         return int(count)
 
     def _backward(self, loss: Tensor) -> None:

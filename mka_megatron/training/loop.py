@@ -179,7 +179,7 @@ class Run:
             skipped=result.skipped,
             seconds=seconds,
             data_seconds=data_seconds,
-            flops=self.flops.training(tokens, pairs) / self.topology.tp_size,
+            flops=self.flops.training(tokens, pairs) / (self.topology.tp_size * self.topology.cp_size),
         )
         self.tally.add(record)
         if self.monitor is not None:
@@ -187,8 +187,8 @@ class Run:
 
     def _log(self, result: StepResult) -> None:
         norm = parameter_norm(self.model, self.topology)
+        gates = self._gates()
         if self.monitor is not None:
-            gates = [(shares.tolist(), float(entropy)) for shares, entropy in self.model.route_statistics()]
             means = self.monitor.log(
                 self.engine.step,
                 loss_scale=result.loss_scale,
@@ -197,6 +197,16 @@ class Run:
                 gates=gates,
             )
             self.train_loss = means["loss"]
+
+    def _gates(self) -> list[tuple[list[float], float]]:
+        """Per gated layer, of the last forward: mean share of each level and mean entropy, over the whole rows."""
+        found = []
+        for shares, entropy in self.model.route_statistics():
+            both = torch.cat((shares, entropy[None]))
+            dist.all_reduce(both, group=self.topology.cp_group)
+            *means, last = (both / self.topology.cp_size).tolist()
+            found.append((means, last))
+        return found
 
     def _evaluate(self) -> None:
         if not self.data.valid or (self.evaluations and self.evaluations[-1].step == self.engine.step):
@@ -286,7 +296,8 @@ class Run:
         per_token = self.flops.training_per_token(config.data.sequence_length)
         self.monitor.say(
             f"{config.attention.variant}: {self.parameters:,} parameters, {per_token / 1e6:,.1f} MFLOP per token; "
-            f"{topology.world_size} x {topology.device.type} (tensor {topology.tp_size} x data {topology.dp_size}), "
+            f"{topology.world_size} x {topology.device.type} (tensor {topology.tp_size} x context "
+            f"{topology.cp_size} x data {topology.dp_size}), "
             f"{torch.get_num_threads()} threads each; ZeRO {config.engine.zero_stage}, {self.engine.optimizer_name}, "
             f"{config.training.precision}"
         )

@@ -38,7 +38,7 @@ def parameter_norm(model: nn.Module, topology: Topology) -> float:
             total += torch.as_tensor(norm, device=device).double() ** 2
     dist.all_reduce(total, group=topology.tp_group)
     if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
-        dist.all_reduce(total, group=topology.dp_group)
+        dist.all_reduce(total, group=topology.dp_cp_group)
     return float(total.sqrt())
 
 
@@ -56,6 +56,6 @@ def _local_parts(model: nn.Module, topology: Topology) -> Iterator[tuple[nn.Para
         if partition.numel() < partition.ds_numel:
             yield parameter, None
             continue
-        # The last replicas' partitions end in padding.
-        filled = getattr(parameter, "ds_numel", 0) - topology.dp_rank * partition.ds_numel
+        # The last ranks' partitions end in padding.
+        filled = getattr(parameter, "ds_numel", 0) - topology.dp_cp_rank * partition.ds_numel
         yield parameter, partition.flatten()[: max(0, min(partition.ds_numel, filled))]
