@@ -129,7 +129,7 @@ def _bias(
     # [B, n, G or 1, L] -> [B, S, G or 1, L]
     available = _available(selected, chunks, window)[..., enabled]
     available = available.repeat_interleave(chunks.size, dim=1)[:, : logits.shape[1]]
-    logits = logits if logits.dim() == 4 else logits[:, :, None]
+    logits, available = torch.broadcast_tensors(logits if logits.dim() == 4 else logits[:, :, None], available)
     bias = routing.score_bias(logits, available, config.routing.mode)
     full = bias.new_zeros(*bias.shape[:3], 3)
     full[..., enabled] = bias

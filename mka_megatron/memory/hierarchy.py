@@ -70,7 +70,6 @@ class Session:
         self._layers: dict[int, _Layer] = {}
         self._staged: dict[int, Update] = {}
         self._wanted: dict[int, list[PageKey]] = {}
-        self._forgotten: set[PageKey] = set()
         self._documents: Documents | None = None
 
     def begin(self, documents: Documents) -> None:
@@ -130,8 +129,8 @@ class Session:
                           for head in range(len(self._heads))]  # fmt: skip
                 kept = [place for place in places if self._store.holds(self.key(*place))]
                 if kept:
-                    k, v, lengths = self._store.get([self.key(*place) for place in kept])
-                    yield {"places": kept, "k": k, "v": v, "lengths": lengths}
+                    pages = self._store.read_all([self.key(*place) for place in kept])
+                    yield {"places": kept, "pages": {name: value.clone() for name, value in pages.items()}}
 
     def restore(self, state: dict[str, Any], blocks: Iterator[dict[str, Any]], device: torch.device) -> None:
         """Take over what :meth:`state` and :meth:`blocks` gave, under this session's keys."""
@@ -139,15 +138,7 @@ class Session:
             moved = {name: None if value is None else value.to(device) for name, value in layer.items()}
             self._layers[int(number)] = _Layer(**moved)
         for block in blocks:
-            places = [tuple(place) for place in block["places"]]
-            known = self._layers[places[0][1]]
-            rows, _, heads, numbers = (list(each) for each in zip(*places, strict=True))
-            assert known.signature is not None
-            self._store.put(
-                [self.key(*place) for place in places], block["k"], block["v"], block["lengths"],
-                known.summary_k[rows, numbers, heads], known.summary_v[rows, numbers, heads],
-                known.signature[rows, numbers, heads],
-            )  # fmt: skip
+            self._store.put([self.key(*place) for place in block["places"]], **block["pages"])
 
     def _put(self, layer: int, update: Update, chunks: Chunks) -> None:
         lengths = chunks.at_hand(chunks.lengths)
@@ -166,7 +157,7 @@ class Session:
         signature = update.summaries.signature
         assert signature is not None
         summaries = (x[rows, numbers, heads] for x in (update.summaries.k, update.summaries.v, signature))
-        self._forgotten.update(self._store.put(keys, k, v, lengths[rows, numbers], *summaries))
+        self._store.put(keys, k, v, lengths[rows, numbers], *summaries)
 
     def _last_recalled(self, layer: int, recalled: Tensor) -> list[PageKey]:
         """What the last chunk of a segment recalled is what the next segment's first will probably want."""
@@ -253,7 +244,7 @@ class SegmentView:
         # distinct chunks of each (row, head), in ascending order
         distinct = [
             [[chunk for chunk in numbers[row, :, head].unique().tolist()
-              if 0 <= chunk < held and session.key(row, self._layer, head, chunk) not in session._forgotten]
+              if 0 <= chunk < held and session._store.holds(session.key(row, self._layer, head, chunk))]
              for head in range(groups)] for row in range(batch)
         ]  # fmt: skip
         most = max(len(chunks) for heads in distinct for chunks in heads)
