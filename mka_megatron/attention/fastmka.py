@@ -15,6 +15,7 @@ from torch import Tensor
 from mka_megatron.attention.blockmka import block_core as attend_blocks
 from mka_megatron.attention.grouped import causal_attention
 from mka_megatron.attention.inputs import Finish, RouteInputs
+from mka_megatron.attention.long_term import available, l3_level, mixes_l3
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core
 from mka_megatron.memory import routing
@@ -40,25 +41,28 @@ def attend(
     Args:
         q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], raw.
         route: the gate's output; None when L1 is the only level, where fusion is the identity.
-        config: reads attention.fuse and routing.mode.
+        config: reads attention.fuse, routing.mode and which levels are enabled.
+        memory: with L3, chunks of the rows and the selector; the view of the slots before.
 
     Returns:
         ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route).
     """
     weights = None
-    carries: tuple[Tensor | None, Tensor | None] = (None, None)
+    carry_k = carry_v = None
     if route is not None and route.logits is not None:
-        weights = routing.route(route.logits, None, config.routing.mode)
+        assert route.beta is not None
+        k3, v3 = l3_level(q, k, v, finish, documents, scale, memory) if mixes_l3(config) else (None, None)
+        weights = routing.route(route.logits, available(route.logits, config, memory), config.routing.mode)
         if "k" in config.attention.fuse:
-            summary, carry = l2_summary(k, route.decay_k, documents, memory.view, "k")
-            k, carries = fuse(k, weights, route.beta, summary), (carry, carries[1])
+            levels, carry_k = summaries(k, k3, route.decay_k, documents, config, memory.view, "k")
+            k = fuse(k, weights, route.beta, *levels)
         if "v" in config.attention.fuse:
-            summary, carry = l2_summary(v, route.decay_v, documents, memory.view, "v")
-            v, carries = fuse(v, weights, route.beta, summary), (carries[0], carry)
+            levels, carry_v = summaries(v, v3, route.decay_v, documents, config, memory.view, "v")
+            v = fuse(v, weights, route.beta, *levels)
         weights = weights.detach()
     if block_core(config):
         core = None if route is None else route.core
-        out, _, update = attend_blocks(q, k, v, finish, core, documents, scale, config, memory, *carries)
+        out, _, update = attend_blocks(q, k, v, finish, core, documents, scale, config, memory, carry_k, carry_v)
         return out, weights, update
     return causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view), weights
 
@@ -84,6 +88,18 @@ def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> T
     for level, summary in enumerate(summaries, start=1):
         fused = fused + shares[..., level, None] * (summary.to(shares.dtype) - wide)
     return fused.to(tokens.dtype)
+
+
+def summaries(
+    x: Tensor, long_term: Tensor | None, decay: Tensor | None, documents: Documents, config: Config, view: View, name: str
+) -> tuple[list[Tensor], Tensor | None]:
+    """Levels 2..L, as far as they are enabled, of raw keys or values [B, S, G, d] (`name`: "k" or "v"), each of the
+    same shape, given L3's; and the state of L2 after the last slot."""
+    levels, carry = [], None
+    if config.memory_hierarchy.l2.enabled:
+        level, carry = l2_summary(x, decay, documents, view, name)
+        levels.append(level)
+    return levels if long_term is None else [*levels, long_term], carry
 
 
 def l2_summary(

@@ -20,7 +20,7 @@ from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.attention.long_term import available, l3_level, mixes_l3
 from mka_megatron.config.schema import Config
 from mka_megatron.memory import routing
-from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.documents import Documents, Span
 from mka_megatron.memory.view import NO_MEMORY, Memory, View
 
 
@@ -81,6 +81,7 @@ def output_mixture(
     documents: Documents,
     scale: float,
     view: View = NO_MEMORY.view,
+    late: int = 0,
 ) -> Tensor:
     """out_1 + beta * (sum_l lambda_l out_l - out_1), Algorithm 1 for beta = 1.
 

@@ -42,7 +42,7 @@ class Documents:
     begin: int = 0
     """Slot of `whole` that is slot 0 here."""
 
-    _derived: dict[Callable[[Documents], Any], Any] = field(default_factory=dict, init=False, repr=False)
+    _derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def from_starts(starts: Tensor, padding: Tensor | None = None) -> Documents:
@@ -127,11 +127,37 @@ class Documents:
             move(self.starts), padding, move(self.positions), self.spans, self.runs, self.gaps, whole, self.begin
         )
 
-    def once(self, build: Callable[[Documents], T]) -> T:
-        """build(self), computed on the first call and then kept: every layer plans over the same documents."""
-        if build not in self._derived:
-            self._derived[build] = build(self)
-        return self._derived[build]
+    def once(self, build: Callable[..., T], *arguments: Any) -> T:
+        """build(self, *arguments), computed on the first call and then kept: every layer plans over the same
+        documents."""
+        key = (build, *arguments)
+        if key not in self._derived:
+            self._derived[key] = build(self, *arguments)
+        return self._derived[key]
+
+    def later(self, slots: int) -> Documents:
+        """The same documents without their first `slots` slots, which are padding then: for what only exists from
+        there on. Documents without later tokens drop out."""
+        if self.whole is not None:
+            later = self.whole.once(Documents.later, slots)
+            return later.part(self.begin, self.begin + self.starts.shape[1])
+        runs: list[Span] = []
+        owners: list[int] = []
+        for owner, ((row, begin, _), mine) in enumerate(zip(self.spans, self._runs_of_spans, strict=True)):
+            rest = [(row, max(b, begin + slots), e) for _, b, e in mine if e > begin + slots]
+            runs += rest
+            owners += [owner] * len(rest)
+        spans = _join(runs, owners)
+        starts = torch.zeros(self.starts.shape, dtype=torch.bool)
+        starts[:, 0] = True
+        rows, begins = torch.tensor([span[:2] for span in spans], dtype=torch.int64).view(-1, 2).unbind(1)
+        starts[rows, begins] = True
+        starts = starts.to(self.starts.device)
+        tokens = torch.arange(starts.shape[1], device=starts.device) - _first_slots(self.starts) >= slots
+        if self.padding is not None:
+            tokens &= ~self.padding
+        positions = _ranks(tokens, _first_slots(starts)).masked_fill(~tokens, 0)
+        return Documents(starts, ~tokens, positions, spans, tuple(runs), tuple(runs) != spans)
 
     @property
     def packed(self) -> bool:

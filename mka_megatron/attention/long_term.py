@@ -1,0 +1,97 @@
+"""L3 under the dense core: one long-term key and value per token, out of the means of recalled chunks.
+
+Shapes: B batch, S slots at hand, H query heads, G KV heads, d head channels, C chunk size, n chunks at hand,
+N chunks of the row, R recalled chunks, L levels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mka_megatron.attention.inputs import Finish
+from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import block_core
+from mka_megatron.memory.chunks import Chunks
+from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.hashing import chunk_means, last_queries, recent
+from mka_megatron.memory.view import Memory, Summaries
+
+
+def l3_level(
+    q: Tensor, k: Tensor, v: Tensor, finish: Finish, documents: Documents, scale: float, memory: Memory
+) -> tuple[Tensor, Tensor]:
+    """K3 = sum_r w_r Kbar_r and V3 = sum_r w_r Vbar_r with w = softmax_r(scale * qbar . Kbar_r).
+
+    r: the R chunks, of those before the token's chunk in its document, that its chunk selects. Kbar, Vbar: means
+    of a chunk's raw, unfused keys and values. qbar: the mean raw query of a KV head's group. The weights sum to one,
+    so that a bias of the projection passes.
+
+    Args:
+        q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], raw.
+        finish: its norms are those of the queries and keys that select.
+        scale: 1/sqrt(d).
+        memory: chunks, selector and the view of the slots before.
+
+    Returns:
+        K3, V3: [B, S, G, d] raw, dtypes of k and v; 0 in a document's first chunk, where :func:`available` is False.
+        Raises ValueError where the memory has no chunks or selector.
+    """
+    chunks, selector = memory.chunks, memory.selector
+    if chunks is None or selector is None:
+        raise ValueError("memory_hierarchy.l3.enabled is true: pass a memory with chunks and a selector.")
+    groups = k.shape[2]
+    signature = selector.signature(finish.norm_k(k), chunks)
+    means = memory.view.summaries(Summaries(chunk_means(k, chunks), chunk_means(v, chunks), signature))
+    fixed = selector.queries(finish.norm_q(q), groups)
+    queries = recent(fixed, memory.view.queries(last_queries(fixed, documents)), documents, chunks)
+    assert means.signature is not None
+    selected = selector.select(queries, means.signature, chunks, window_chunks=1)
+
+    wide = torch.promote_types(q.dtype, torch.float32)
+    none = (selected < 0).transpose(2, 3)[..., None]
+    # [B, N, G, d] -> [B, n, R, G, d]; what was not recalled may be of another document and must not be touched
+    row = torch.arange(len(selected), device=selected.device)[:, None, None, None]
+    group = torch.arange(groups, device=selected.device)
+    index = (row, selected.transpose(2, 3).clamp_min(0), group)
+    recalled_k, recalled_v = (x[index].to(wide).masked_fill(none, 0) for x in (means.k, means.v))
+
+    # [B, S, H, d] -> [B, S, G, H/G, d] -> [B, n, C, G, d]
+    mean_q = q.to(wide).unflatten(2, (groups, -1)).mean(dim=3)
+    if documents.padding is not None:
+        mean_q = mean_q.masked_fill(documents.padding[..., None, None], 0)
+    missing = chunks.count * chunks.size - q.shape[1]
+    mean_q = F.pad(mean_q, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, chunks.size))
+    scores = torch.einsum("bncgd,bnrgd->bngcr", mean_q, recalled_k) * scale
+    blind = none.all(dim=2)[..., None]
+    # [B, n, R, G, 1] -> [B, n, G, 1, R]
+    scores = scores.masked_fill(none.permute(0, 1, 3, 4, 2) & ~blind, float("-inf"))
+    weights = scores.softmax(dim=-1).masked_fill(blind, 0)
+    # [B, n, C, G, d] -> [B, S, G, d]
+    mixed = (torch.einsum("bngcr,bnrgd->bncgd", weights, x).flatten(1, 2) for x in (recalled_k, recalled_v))
+    level_k, level_v = (x[:, : q.shape[1]] for x in mixed)
+    return level_k.to(k.dtype), level_v.to(v.dtype)
+
+
+def available(logits: Tensor, config: Config, memory: Memory) -> Tensor | None:
+    """Which levels hold something for each token, to be broadcast to `logits` [B, S, L] or [B, S, G, L]: L3 from a
+    document's second chunk on, the others always. None: every level does."""
+    if not mixes_l3(config):
+        return None
+    assert memory.chunks is not None
+    # [B, n] -> [B, S]
+    late = _slots(memory.chunks, memory.chunks.first_positions > 0)[:, : logits.shape[1]]
+    always = [torch.ones_like(late)] * (logits.shape[-1] - 1)
+    levels = torch.stack([*always, late], dim=-1)
+    return levels if logits.dim() == 3 else levels[:, :, None]
+
+
+def mixes_l3(config: Config) -> bool:
+    """L3 is a level that is fused or mixed, and not recalled tokens under the block core."""
+    return config.memory_hierarchy.l3.enabled and not block_core(config)
+
+
+def _slots(chunks: Chunks, table: Tensor) -> Tensor:
+    """A [B, N] table of chunks for the slots at hand, [B, n*C]."""
+    return chunks.at_hand(table).repeat_interleave(chunks.size, dim=1)
