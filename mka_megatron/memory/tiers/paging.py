@@ -235,6 +235,8 @@ class Paging:
         page.row = page.slot = None
 
     def _wait(self, done: Future) -> None:
+        if done.done():
+            return
         begin = time.perf_counter()
         done.exception()
         self.count.stall_seconds += time.perf_counter() - begin

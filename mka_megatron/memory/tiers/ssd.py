@@ -217,7 +217,7 @@ class Disk:
 
 
 def _broken(key: PageKey, path: Path, problem: str) -> TierError:
-    return TierError(f"{key} is lost: {path} {problem}.")
+    return TierError(f"the {key} is lost: {path} {problem}.")
 
 
 def _streams(
