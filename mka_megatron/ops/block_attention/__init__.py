@@ -19,11 +19,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mka_megatron.ops.block_attention import reference
+from mka_megatron.ops.block_attention import flex, reference
 from mka_megatron.ops.block_attention.dispatch import choose as choose
 from mka_megatron.ops.block_attention.layout import Layout
 
-BACKENDS = {"reference": reference.attention}
+BACKENDS = {"reference": reference.attention, "flex": flex.attention}
 
 
 class ChunkTable(Protocol):

@@ -90,7 +90,9 @@ class _BlockAttention(torch.autograd.Function):
             row_grad = keep(to_heads(grad[number], layout, len(row.keys)), row.tokens[:, None])
             for block in blocks(row, of_row):
                 block_backward(row, block, row_grad[:, block.at], lse[number, :, block.at], found)
-            for total, part in zip(grads, of_arguments(row, found, tensors[0][number], tensors[1][number]), strict=True):
+            for total, part in zip(
+                grads, of_arguments(row, found, tensors[0][number], tensors[1][number]), strict=True
+            ):
                 if total is not None and part is not None:
                     total[number] = part
         return None, None, *grads, None, None, None

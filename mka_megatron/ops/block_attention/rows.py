@@ -102,7 +102,9 @@ def operands(layout: Layout, tensors: Sequence[Any], row: int) -> Row:
         summary_v=None if summary_v is None else _summaries(summary_v, table, wide),
         empty=table == 0,
         # [S, G or 1, 3] -> [n, C, G or 1, 3] -> [3, G or 1, n, C]
-        bias=None if bias is None else keep(_chunked(bias, size).to(wide), own[..., None]).permute(3, 2, 0, 1),
+        bias=None
+        if bias is None
+        else keep(_chunked(bias, size).to(wide), own[..., None]).permute(3, 2, 0, 1),
     )
 
 

@@ -60,22 +60,29 @@ class Case:
 
     def run(self, backend: str = "reference") -> Tensor:
         return block_attention(
-            *self.arguments, chunks=self.table, window=self.window, scale=self.q.shape[-1] ** -0.5, backend=backend
+            *self.arguments,
+            chunks=self.table,
+            window=self.window,
+            scale=self.q.shape[-1] ** -0.5,
+            backend=backend,
         )
 
     def oracle(self) -> Tensor:
         return block_oracle.attention(*self.arguments, self.table, self.window, self.q.shape[-1] ** -0.5)
 
-    def to(self, dtype: torch.dtype) -> Case:
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Case:
         """The same numbers in `dtype`, as new leaves; the bias in fp32 at least."""
 
         def leaf(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-            return x.detach().to(dtype).requires_grad_()
+            return x.detach().to(device, dtype).requires_grad_()
 
         wide = dtype if dtype == torch.float64 else torch.float32
-        pages = self.pages
+        pages, table = self.pages, self.table
+        if pages is not None:
+            pages = replace(pages, lengths=pages.lengths.to(device), index=pages.index.to(device))
         return replace(
             self,
+            table=replace(table, lengths=table.lengths.to(device), documents=table.documents.to(device)),
             q=leaf(self.q),
             k=leaf(self.k),
             v=leaf(self.v),
@@ -133,7 +140,11 @@ def recall(
             for group in range(groups):
                 chunk = table.first + here
                 document = table.documents[row, chunk]
-                old = [c for c in range(chunk - window + 1) if document >= 0 and table.documents[row, c] == document]
+                old = [
+                    c
+                    for c in range(chunk - window + 1)
+                    if document >= 0 and table.documents[row, c] == document
+                ]
                 picked = torch.randperm(len(old), generator=generator)[:recalled].sort().values
                 places = [old[p] - table.first + halo for p in picked]
                 # pages lie behind those at hand, here in descending order
@@ -141,7 +152,9 @@ def recall(
                 index[row, here, group, : len(places)] = torch.tensor(places, dtype=torch.int64)
     order = list(range(stored))[::-1]
     k, v = (
-        torch.randn(batch, groups, stored, C, channels, generator=generator, dtype=torch.float64).requires_grad_()
+        torch.randn(
+            batch, groups, stored, C, channels, generator=generator, dtype=torch.float64
+        ).requires_grad_()
         for _ in range(2)
     )
     lengths = table.lengths[:, order][:, None].expand(batch, groups, stored).contiguous()
@@ -182,7 +195,28 @@ def test_is_the_dense_masked_attention(name: str, block: int, monkeypatch: pytes
     assert_same_gradients(found, exact, given.tensors, terms)
 
 
-def test_all_dtypes_hide_a_level_by_a_bias_of_minus_infinity() -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", CASES)
+def test_flex_attention_is_the_reference(name: str) -> None:
+    """Run eagerly on a CPU, where FlexAttention has no backward."""
+    given = case(**CASES[name])
+    with torch.no_grad():
+        found, exact = given.run("flex"), given.run()
+    assert_same(found, exact, 4 * given.q.shape[-1], given.v)
+
+
+def test_flex_attention_has_a_backward() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("FlexAttention has no backward on a CPU, and there is no GPU here")
+    given = case("packed", recalled=3, channels=64).to(torch.float32)
+    cuda = given.to(torch.float32, "cuda")
+    wanted = torch.autograd.grad(given.run().square().sum(), given.tensors)
+    found = torch.autograd.grad(cuda.run("flex").square().sum(), cuda.tensors)
+    for one, other in zip(found, wanted, strict=True):
+        assert_same(one.cpu(), other, 256, torch.stack([x.abs().max() for x in wanted]))
+
+
+def test_a_bias_of_minus_infinity_hides_a_level() -> None:
     """Hidden summaries are no summaries, and likewise recalled chunks; nothing flows back through them."""
     given = case("packed")
     for level, without in ((1, {"summaries": None}), (2, {"pages": None})):
@@ -253,7 +287,9 @@ def test_no_later_token_changes_a_bit(name: str) -> None:
             for x in summaries:
                 x[:, (slot + 1) // C :] *= -1e3
             index = given.pages.index.clone()
-            index[:, slot // C + 1 :] = index[:, slot // C + 1 :].masked_fill(torch.rand(index[:, slot // C + 1 :].shape) < 0.5, -1)
+            index[:, slot // C + 1 :] = index[:, slot // C + 1 :].masked_fill(
+                torch.rand(index[:, slot // C + 1 :].shape) < 0.5, -1
+            )
             pages = replace(given.pages, index=index)
             after = replace(given, q=q, k=k, v=v, bias=bias, summaries=summaries, pages=pages).run()
             assert_bitwise(after[:, : slot + 1], before[:, : slot + 1])
@@ -273,7 +309,9 @@ def test_no_other_document_and_no_padding_changes_a_bit(name: str) -> None:
     def run(case: Case, kept: Tensor) -> list[Tensor]:
         """The outputs and the gradients of the tokens in `kept` [B, S]."""
         out = case.run()
-        grads = torch.autograd.grad(out, [case.q, case.k, case.v, case.bias], direction * kept[..., None, None])
+        grads = torch.autograd.grad(
+            out, [case.q, case.k, case.v, case.bias], direction * kept[..., None, None]
+        )
         return [x[kept] for x in (out, *grads)]
 
     for number in range(int(document.max()) + 1):
@@ -315,13 +353,19 @@ def masked_sdpa(given: Case) -> Tensor:
     columns = []
     slots, heads, groups = *given.q.shape[1:3], given.k.shape[2]
     for group in range(groups):
-        level = block_oracle.levels(given.table, slots, given.window, 0, group, given.summaries[0].shape[1], given.pages)
+        level = block_oracle.levels(
+            given.table, slots, given.window, 0, group, given.summaries[0].shape[1], given.pages
+        )
         k = torch.cat([given.k[0, :, group], given.summaries[0][0, :, group]])
         v = torch.cat([given.v[0, :, group], given.summaries[1][0, :, group]])
-        mask = exact.bias[0, :, group if given.bias.shape[2] > 1 else 0].detach().gather(1, level.clamp_min(0))
+        mask = (
+            exact.bias[0, :, group if given.bias.shape[2] > 1 else 0].detach().gather(1, level.clamp_min(0))
+        )
         mask = mask.masked_fill(level < 0, -INFINITY).to(given.q.dtype)
         for head in range(group * (heads // groups), (group + 1) * (heads // groups)):
-            columns.append(F.scaled_dot_product_attention(given.q[:, :, head], k[None], v[None], mask[None])[0])
+            columns.append(
+                F.scaled_dot_product_attention(given.q[:, :, head], k[None], v[None], mask[None])[0]
+            )
     return torch.stack(columns, dim=1)[None]
 
 
