@@ -51,6 +51,82 @@ def prefix_mean(
     return torch.stack(rows)
 
 
+def chunk_tokens(starts: Tensor, padding: Tensor | None, size: int) -> list[list[tuple[int, list[int]]]]:
+    """Per row and chunk: (its document, the slots of its tokens)."""
+    rows = []
+    for row in range(starts.shape[0]):
+        document, chunks = -1, []
+        for slot in range(starts.shape[1]):
+            document += int(starts[row, slot])
+            if slot % size == 0:
+                chunks.append((document, []))
+            if padding is None or not bool(padding[row, slot]):
+                chunks[-1][1].append(slot)
+        rows.append(chunks)
+    return rows
+
+
+def recalled(
+    q: Tensor, k: Tensor, starts: Tensor, padding: Tensor | None, size: int, count: int, planes: Tensor | None = None,
+    back: int = 1,
+) -> list[list[list[list[int]]]]:
+    """Per row, chunk and KV head, the `count` chunks recalled of those of the document at least `back` before.
+
+    By the mean, over heads and the last 16 tokens before the chunk, of `q` [B, S, H, d]: the largest products with
+    the mean of a chunk's `k` [B, S, G, d], or with `planes` [bits, d] the most equal signs.
+    """
+    groups = k.shape[2]
+    rows = []
+    for row, chunks in enumerate(chunk_tokens(starts, padding, size)):
+        rows.append([])
+        for number, (document, own) in enumerate(chunks):
+            past = [s for d, slots in chunks[:number] if d == document for s in slots][-16:]
+            rows[-1].append([[] for _ in range(groups)])
+            if not own or not past:
+                continue
+            for group in range(groups):
+                heads = q.shape[2] // groups
+                query = q[row, past, group * heads : (group + 1) * heads].mean(dim=(0, 1))
+                ranked = []
+                for earlier in range(number - back + 1):
+                    if chunks[earlier][0] == document and chunks[earlier][1]:
+                        key = k[row, chunks[earlier][1], group].mean(dim=0)
+                        if planes is None:
+                            likeness = (query * key).sum().item()
+                        else:
+                            one, other = (planes.to(x.dtype) @ x >= 0 for x in (query, key))
+                            likeness = (one == other).sum().item()
+                        ranked.append((-likeness, earlier))
+                rows[-1][-1][group] = sorted(number for _, number in sorted(ranked)[:count])
+    return rows
+
+
+def long_term(
+    q: Tensor, k: Tensor, v: Tensor, chosen: list[list[list[list[int]]]], starts: Tensor, padding: Tensor | None, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L3 under the dense core, token by token: K3, V3 [B, S, G, d] and where they exist [B, S]."""
+    channels = k.shape[3]
+    levels = [torch.zeros_like(x) for x in (k, v)]
+    exists = torch.zeros(k.shape[:2], dtype=torch.bool)
+    for row, chunks in enumerate(chunk_tokens(starts, padding, size)):
+        for number, (_, slots) in enumerate(chunks):
+            for slot in slots:
+                for group, numbers in enumerate(chosen[row][number]):
+                    if not numbers:
+                        continue
+                    heads = q.shape[2] // k.shape[2]
+                    query = q[row, slot, group * heads : (group + 1) * heads].mean(dim=0)
+                    keys, values = (
+                        torch.stack([x[row, chunks[n][1], group].mean(dim=0) for n in numbers]) for x in (k, v)
+                    )
+                    weights = (keys @ query / channels**0.5).softmax(dim=0)
+                    mask = torch.zeros_like(k)
+                    mask[row, slot, group] = 1
+                    levels = [old + mask * (weights @ new) for old, new in zip(levels, (keys, values), strict=True)]
+                    exists[row, slot] = True
+    return levels[0], levels[1], exists
+
+
 def visible(starts: Tensor, padding: Tensor | None = None) -> Tensor:
     """[B, S, S] bool: query t may look at key u: u <= t, the same document, neither padding."""
     document = starts.long().cumsum(dim=1)

@@ -176,6 +176,33 @@ def test_compaction_moves_tokens_and_nothing_else(rows: list[list[str]], data: s
     assert torch.autograd.gradcheck(moved.take, (x,)) and torch.autograd.gradcheck(moved.put, (x,))
 
 
+@settings(deadline=None, max_examples=50)
+@given(ROWS, st.integers(1, 4), st.data())
+def test_later_documents_lack_their_first_slots(rows: list[list[str]], slots: int, data: st.DataObject) -> None:
+    documents = drawn(rows)
+    expected: dict[str, list] = {"spans": [], "runs": []}
+    for (row, begin, end), count in zip(documents.spans, documents.lengths, strict=True):
+        tokens = [s for s in range(begin, end) if documents.padding is None or not documents.padding[row, s]]
+        assert len(tokens) == count
+        rest = [s for s in tokens if s >= begin + slots]
+        if rest:
+            expected["spans"].append((row, rest[0], rest[-1] + 1))
+            begins = [s for s in rest if s - 1 not in rest]
+            ends = [s + 1 for s in rest if s + 1 not in rest]
+            expected["runs"] += [(row, b, e) for b, e in zip(begins, ends, strict=True)]
+    later = documents.later(slots)
+    assert list(later.spans) == expected["spans"] and list(later.runs) == expected["runs"]
+    assert later.gaps == (later.spans != later.runs)
+    kept = torch.zeros_like(documents.starts)
+    for row, begin, end in later.runs:
+        kept[row, begin:end] = True
+    assert torch.equal(later.padding, ~kept)
+    assert all(bool(later.starts[row, begin]) for row, begin, _ in later.spans)
+    begin = data.draw(st.integers(0, len(rows[0]) - 1))
+    part, direct = documents.part(begin, len(rows[0])).later(slots), later.part(begin, len(rows[0]))
+    assert (part.spans, part.runs, part.whole.runs) == (direct.spans, direct.runs, later.runs)
+
+
 def test_what_lies_on_padding_is_not_moved() -> None:
     documents = Documents.from_starts(
         torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
