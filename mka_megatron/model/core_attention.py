@@ -20,6 +20,7 @@ from mka_megatron.attention.rope import apply_rope
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, recalls
 from mka_megatron.memory import hashing
+from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.routing import route_entropy
 from mka_megatron.memory.summary import decay_logits
 from mka_megatron.memory.view import Memory
@@ -116,6 +117,7 @@ class VariantCore(nn.Module):
             drawn = hashing.planes(l3.hash_seed, l3.hash_tables, l3.hash_bits, config.model.head_dim)
             self.register_buffer("planes", drawn)
         self.statistics: tuple[Tensor, Tensor] | None = None
+        self.recall_distances: Tensor | None = None
 
     def forward(self, q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, x_SBh: Tensor, inputs: AttentionInputs,
                 q_norm: nn.Module | None, k_norm: nn.Module | None, key_bias_Gd: Tensor | None) -> Tensor:
@@ -146,6 +148,8 @@ class VariantCore(nn.Module):
             self._record(weights.detach())
         for each in update:
             inputs.history.stage(self.layer, each)
+            if each.recalled is not None and inputs.chunks is not None:
+                self.recall_distances = _distances(each.recalled, inputs.chunks)
         # [B,S,H,d] -> [S,B,H*d]
         return out.transpose(0, 1).flatten(2)
 
@@ -161,3 +165,9 @@ class VariantCore(nn.Module):
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def _distances(recalled: Tensor, chunks: Chunks) -> Tensor:
+    """Chunk numbers [B,n,G,R], -1 for none -> chunks between each query chunk and what it recalled, [K]."""
+    numbers = torch.arange(chunks.first, chunks.first + chunks.count, device=recalled.device)
+    return (numbers[:, None, None] - recalled)[recalled >= 0]

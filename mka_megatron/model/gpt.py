@@ -94,3 +94,9 @@ class GPT(GPTModel):
         """Per gated layer, of the last forward: (mean share of each level [L], mean entropy in nats), detached."""
         cores = [module for module in self.modules() if isinstance(module, VariantCore)]
         return [core.statistics for core in cores if core.statistics is not None]
+
+    def recall_distances(self) -> Tensor | None:
+        """How many chunks back the block core's last forward recalled, [K] int64 over all layers; None without L3."""
+        cores = [module for module in self.modules() if isinstance(module, VariantCore)]
+        found = [core.recall_distances for core in cores if core.recall_distances is not None]
+        return torch.cat(found) if found else None

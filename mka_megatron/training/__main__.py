@@ -68,6 +68,7 @@ def run(config: Config, rank: int) -> int:
             "ignore", message=ours_to_ignore
         )  # Megatron, of what it does not find or need
     from mka_megatron.data.batch import DataError
+    from mka_megatron.memory.tiers.pages import TierError
     from mka_megatron.training.checkpoint import CheckpointError
     from mka_megatron.training.engine import NonFiniteError
     from mka_megatron.training.host import use_cores
@@ -82,6 +83,9 @@ def run(config: Config, rank: int) -> int:
     except (DataError, CheckpointError) as error:
         print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
         return 2
+    except TierError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 1
     except PeerFailedError:
         time.sleep(_WAIT_FOR_RANK_0)
         return 2

@@ -1,7 +1,7 @@
 """Training checkpoints: written under a temporary name, verified by a manifest, then published by one rename.
 
 Everything that one run needs to go on bitwise: parameters, optimizer and loss-scale states (DeepSpeed's
-files), the random generators of each rank, and the caller's state. A rank that cannot write does not
+files), the random generators of each rank, the memory of samples in progress, and the caller's state. A rank that cannot write does not
 hang or kill the others: all learn of it, and the older checkpoints stay.
 """
 
@@ -31,7 +31,12 @@ _TAG = "deepspeed"
 _PREFIX = "step-"
 _TEMPORARY = ".tmp-"
 _MODEL_SECTIONS = ("model", "attention", "routing", "memory_hierarchy")
-_START_ONLY = ("model.init_from", "routing.beta_init")
+_FREE_TO_CHANGE = (
+    "model.init_from", "routing.beta_init", "memory_hierarchy.ssd_spill_path", "memory_hierarchy.l3.placement",
+    "memory_hierarchy.l3.hbm_pool_gib", "memory_hierarchy.l3.dram_pool_gib", "memory_hierarchy.l3.ssd_pool_gib",
+    "memory_hierarchy.l3.when_full",
+)  # fmt: skip
+"""Keys that only the start reads, or that say where pages lie and not what they hold."""
 
 
 def save(engine: Engine, output_dir: str | Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
@@ -118,6 +123,8 @@ def load(engine: Engine, checkpoint: Checkpoint | str | Path) -> dict[str, Any]:
         group.update(configured)
     engine.step = checkpoint.body["engine"]["step"]
     engine.bad_steps = checkpoint.body["engine"]["bad_steps"]
+    if engine.segments is not None:
+        engine.segments.load(checkpoint.path)
     rng.restore(torch.load(checkpoint.path / _rng_name(), weights_only=True))
     return checkpoint.body["state"]
 
@@ -137,6 +144,8 @@ def _write(engine: Engine, temporary: Path, writer: Writer) -> None:
             deepspeed_engine.checkpoint_engine = reader
             deepspeed_engine._copy_recovery_script = recovery
     writer.save(rng.capture(), temporary / _rng_name())
+    if engine.segments is not None:
+        engine.segments.save(lambda content, name: writer.save(content, temporary / name))
 
 
 def _agree(writer: Writer) -> tuple[dict[str, dict[str, Any]], str | None]:
@@ -213,6 +222,8 @@ def _layout(engine: Engine) -> dict[str, Any]:
         "parallel.tensor_parallel": topology.tp_size,
         "parallel.context_parallel": topology.cp_size,
         "parallel.data_parallel": topology.dp_size,
+        "training.segment_length": config.training.segment_length,
+        "training.segments_per_step": config.training.segments_per_step,
         "engine.zero_stage": config.engine.zero_stage,
         "engine.offload_optimizer": config.engine.offload_optimizer,
         "engine.offload_param": config.engine.offload_param,
@@ -236,7 +247,7 @@ def _check_model(engine: Engine, checkpoint: Checkpoint) -> None:
     for section in _MODEL_SECTIONS:
         saved = dict(_flatten(there.get(section, {}), section))
         for key, value in _flatten(here[section], section):
-            if key not in _START_ONLY and saved.get(key, value) != value:
+            if key not in _FREE_TO_CHANGE and saved.get(key, value) != value:
                 raise CheckpointError(
                     f"checkpoint {checkpoint.path} was written with {key} {saved[key]}, but this run has {value}; "
                     "set it back, or start in another training.output_dir."

@@ -9,6 +9,7 @@ from typing import Any
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import Config
+from mka_megatron.training.segments import segments_per_step
 
 _BUCKET_ELEMENTS = 50_000_000
 _NVME_SUB_GROUP_ELEMENTS = 100_000_000
@@ -93,9 +94,9 @@ def clips_itself(config: Config) -> bool:
 def _ours(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any]:
     training, engine = config.training, config.engine
     result: dict[str, Any] = {
-        "train_batch_size": training.global_batch_size,
+        "train_batch_size": training.global_batch_size * segments_per_step(config),
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(config, data_parallel),
+        "gradient_accumulation_steps": accumulation_steps(config, data_parallel) * segments_per_step(config),
         "gradient_clipping": 0.0 if clips_itself(config) else training.clip_grad,
         "zero_optimization": _zero(config, data_parallel, on_cuda),
         "bf16": {"enabled": training.precision == "bf16"},

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import Config
 from mka_megatron.data.batch import IGNORE, Batch
+from mka_megatron.memory.hierarchy import Session
 from mka_megatron.parallel.cpu_host import patch_deepspeed
 from mka_megatron.parallel.groups import MegatronMPU, Topology
 from mka_megatron.training import deepspeed_config, ops
 from mka_megatron.training.optimizer import build_optimizer
 from mka_megatron.training.schedule import learning_rate
+from mka_megatron.training.segments import Segments, segments_per_step
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
@@ -100,6 +102,8 @@ class Engine:
         self.step = 0
         self.bad_steps = 0
         self.accumulation = deepspeed_config.accumulation_steps(config, topology.dp_size)
+        self.segments = None if config.training.segment_length is None else Segments(config, topology)
+        self.passes = self.accumulation * segments_per_step(config)
         _check_host(config, topology)
         if config.training.deterministic:
             _make_deterministic()
@@ -116,11 +120,13 @@ class Engine:
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over this replica's `accumulation` micro-batches of the global batch.
 
-        Context-parallel ranks bring the same rows; each computes its shard of them.
+        Context-parallel ranks bring the same rows; each computes its shard of them. With training.segment_length it
+        goes over the segments from `segments.next` on; bring the same micro-batches until that is 0 again.
 
         Raises:
             ValueError: another number of micro-batches, or rows that the context-parallel ranks cannot share.
             NonFiniteError: this was the `training.max_bad_steps`-th bad step in a row.
+            TierError: a tier of the long-term memory is full, or has lost a page.
         """
         if len(micro_batches) != self.accumulation:
             raise ValueError(f"train_step takes {self.accumulation} micro-batches, got {len(micro_batches)}.")
@@ -128,23 +134,26 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        micro_batches = [self._shard(batch) for batch in micro_batches]
-        labels = self._count_labels(micro_batches)
-        # DeepSpeed averages over replicas and micro-batches; the loss is a mean over labels.
-        scale = self.averaged_over * self.accumulation / max(labels, 1)
+        shards = [self._shard(batch).to(self.topology.device) for batch in micro_batches]
+        labels = self._count_labels(shards if self.segments is None else self.segments.parts(shards))
+        # DeepSpeed averages over replicas and passes; the loss is a mean over labels.
+        scale = self.averaged_over * self.passes / max(labels, 1)
         total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        for index, batch in enumerate(micro_batches):
-            batch = batch.to(self.topology.device)
-            nll = self.deepspeed(batch.tokens, batch.documents, batch.labels).sum()
+        for index, (batch, session) in enumerate(self._parts(shards)):
+            nll = self._forward(batch, session).sum()
             total += nll.detach()
             factor = torch.tensor(scale, dtype=torch.float32, device=nll.device)
-            if index + 1 == self.accumulation:
+            if index + 1 == self.passes:
                 dist.all_reduce(total, group=self.topology.dp_cp_group)
                 # A non-finite loss on any rank makes every rank's gradient NaN, so all skip alike.
                 factor = torch.where(torch.isfinite(total), factor, torch.nan)
             self._backward(nll * factor)
-            if index + 1 < self.accumulation:
+            if session is not None:
+                session.commit()
+            if index + 1 < self.passes:
                 self.deepspeed.step()
+        if self.segments is not None:
+            self.segments.advance()
         result = self._update(float(total) / max(labels, 1), labels, rate)
         self.step += 1
         self._guard(result)
@@ -156,17 +165,32 @@ class Engine:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
         for batch in batches:
-            batch = self._shard(batch).to(self.topology.device)
-            sums[0] += self.deepspeed(batch.tokens, batch.documents, batch.labels).sum()
-            sums[1] += (batch.labels != IGNORE).sum()
+            rows = self._shard(batch).to(self.topology.device)
+            for part, session in [(rows, None)] if self.segments is None else self.segments.whole(rows):
+                sums[0] += self._forward(part, session).sum()
+                if session is not None:
+                    session.commit()
+            sums[1] += (rows.labels != IGNORE).sum()
         dist.all_reduce(sums, group=self.topology.dp_cp_group)
         total, labels = sums.tolist()
         return EvalResult(loss=total / max(labels, 1), tokens=int(labels))
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; call it before the process groups are destroyed."""
+        """Release DeepSpeed's hooks and buffers and the memory's tiers; call it before the process groups are destroyed."""
+        if self.segments is not None:
+            self.segments.close()
         self.deepspeed.destroy()
         deepspeed.utils.groups.mpu = None  # it would keep every process group alive until the interpreter ends
+
+    def _parts(self, shards: Sequence[Batch]) -> Iterator[tuple[Batch, Session | None]]:
+        """What a step's passes go over: the shards, or their segments with the memory of those before."""
+        if self.segments is not None:
+            return self.segments.step(shards)
+        return ((shard, None) for shard in shards)
+
+    def _forward(self, batch: Batch, session: Session | None) -> Tensor:
+        history = () if session is None else (session,)
+        return self.deepspeed(batch.tokens, batch.documents, batch.labels, *history)
 
     def _shard(self, batch: Batch) -> Batch:
         """This rank's slots of the rows."""

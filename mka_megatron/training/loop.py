@@ -111,6 +111,8 @@ class Run:
         self.flops = model_flops(config, self.data.vocab_size)
         self.peak_flops = device_peak(config, topology.device)
         self.checkpoint, state = resume(self.engine, config.training)
+        if self.engine.segments is not None:
+            self.engine.segments.open()
         self.first_step = self.engine.step
         self.consumed_samples: int = state["consumed_samples"] if state else 0
         self.evaluations = [Evaluation(**entry) for entry in state["evaluations"]] if state else []
@@ -135,10 +137,12 @@ class Run:
         """Steps up to the last, or to the boundary after a signal, which is returned."""
         training, report = self.config.training, self.config.logging
         with Interrupt(self.host_group) as interrupt, self._train_batches() as batches:
+            micro_batches: Sequence[Batch] = ()
             while self.engine.step < training.steps:
                 step = self.engine.step + 1
                 began = time.perf_counter()
-                micro_batches = next(batches)
+                if not micro_batches:
+                    micro_batches = next(batches)
                 fetched = time.perf_counter()
                 with profile.step_profile(
                     step,
@@ -149,7 +153,9 @@ class Run:
                 ):
                     result = self.engine.train_step(micro_batches)
                 self._book(result, micro_batches, time.perf_counter() - began, fetched - began)
-                self.consumed_samples += training.global_batch_size
+                if self.engine.segments is None or self.engine.segments.next == 0:
+                    self.consumed_samples += training.global_batch_size
+                    micro_batches = ()
                 last = step == training.steps
                 signalled = interrupt.agreed()
                 if signalled or last or step % report.interval == 0:
@@ -166,7 +172,8 @@ class Run:
     def _book(
         self, result: StepResult, batches: Sequence[Batch], seconds: float, data_seconds: float
     ) -> None:
-        config = self.config
+        config, segments = self.config, self.engine.segments
+        share = 1 if segments is None else segments.per_step / segments.count
         tokens = sum(end - begin for batch in batches for _, begin, end in batch.documents.spans)
         pairs = sum(self.flops.pairs(batch.documents.spans) for batch in batches)
         record = StepRecord(
@@ -175,11 +182,11 @@ class Run:
             grad_norm=result.grad_norm,
             learning_rate=result.learning_rate,
             tokens=result.tokens,
-            processed=config.training.global_batch_size * config.data.sequence_length,
+            processed=round(share * config.training.global_batch_size * config.data.sequence_length),
             skipped=result.skipped,
             seconds=seconds,
             data_seconds=data_seconds,
-            flops=self.flops.training(tokens, pairs) / (self.topology.tp_size * self.topology.cp_size),
+            flops=share * self.flops.training(tokens, pairs) / (self.topology.tp_size * self.topology.cp_size),
         )
         self.tally.add(record)
         if self.monitor is not None:
@@ -195,6 +202,8 @@ class Run:
                 params_norm=norm,
                 memory=memory_gib(self.topology.device),
                 gates=gates,
+                tiers=None if self.engine.segments is None else self.engine.segments.statistics(),
+                recall_distances=self.model.recall_distances(),
             )
             self.train_loss = means["loss"]
 

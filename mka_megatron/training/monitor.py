@@ -18,6 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from mka_megatron.memory.tiers.statistics import TierStatistics
 from mka_megatron.training.progress import Display
 from mka_megatron.training.records import Evaluation, StepRecord, Window
 
@@ -128,10 +131,13 @@ class Monitor:
         params_norm: float,
         memory: Mapping[str, float],
         gates: Sequence[tuple[Sequence[float], float]],
+        tiers: TierStatistics | None,
+        recall_distances: Tensor | None,
     ) -> dict[str, float]:
         """Write the scalars of the steps since the last call and return their means.
 
-        `memory`: GiB by name; `gates`: (shares of the levels, entropy in nats) per gated layer.
+        `memory`: GiB by name; `gates`: (shares of the levels, entropy in nats) per gated layer; `tiers`: the page
+        store of rank 0 since the last call; `recall_distances`: in chunks, of any shape.
         """
         means = self._window.drain()
         tera = means["flops_per_second"] / 1e12
@@ -156,7 +162,11 @@ class Monitor:
             scalars["mfu(%)"] = 100.0 * means["flops_per_second"] / self._peak_flops
         scalars |= {f"memory/{name}(GiB)": value for name, value in memory.items()}
         scalars |= gate_scalars(gates)
+        if tiers is not None:
+            scalars |= tier_scalars(tiers, means["steps"])
         self._write(step, scalars)
+        if self._board is not None and recall_distances is not None and recall_distances.numel():
+            self._board.add_histogram("recall/distance (chunks)", recall_distances, step)
         self._display.train(step, means)
         return means
 
@@ -214,3 +224,13 @@ def gate_scalars(gates: Sequence[tuple[Sequence[float], float]]) -> dict[str, fl
         scalars[f"gate/mean l{level + 1} share"] = sum(shares[level] for shares, _ in gates) / len(gates)
     scalars["gate/mean entropy"] = sum(entropy for _, entropy in gates) / len(gates)
     return scalars
+
+
+def tier_scalars(tiers: TierStatistics, steps: float) -> dict[str, float]:
+    """TensorBoard names of what the page store holds, and of what it did per step over `steps` steps."""
+    held = {f"tiers/{tier} {what}": float(getattr(tiers, f"{tier}_{what}")) for tier in ("hbm", "dram", "ssd")
+            for what in ("pages", "bytes")}  # fmt: skip
+    done = {"hbm hits": tiers.hbm_hits, "dram hits": tiers.dram_hits, "waited for ssd": tiers.misses,
+            "evictions to ssd": tiers.evictions, "forgotten": tiers.forgotten, "written bytes": tiers.written_bytes,
+            "read bytes": tiers.read_bytes, "stall (ms)": 1000 * tiers.stall_seconds}  # fmt: skip
+    return held | {f"tiers/{name} per step": count / steps for name, count in done.items()}

@@ -51,8 +51,8 @@ class Window:
         self._records.append(record)
 
     def drain(self) -> dict[str, float]:
-        """Means over the window (loss, grad_norm, seconds, data_seconds, tokens_per_second, flops_per_second),
-        then empty it. There must be a record in it."""
+        """Means over the window (loss, grad_norm, seconds, data_seconds, tokens_per_second, flops_per_second) and
+        the number of steps, then empty it. There must be a record in it."""
         records, self._records = self._records, []
         good = [record for record in records if not record.skipped]
         seconds = sum(record.seconds for record in records)
@@ -66,4 +66,5 @@ class Window:
             "tokens_per_second": sum(r.processed for r in records) / seconds,
             "flops_per_second": sum(r.flops for r in records) / seconds,
             "skipped": float(count - len(good)),
+            "steps": float(count),
         }

@@ -10,16 +10,25 @@ from typing import Any
 
 import torch
 
+from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import recalls
 from mka_megatron.data.batch import Batch
 from mka_megatron.memory.hierarchy import Session
 from mka_megatron.memory.tiers.opening import open_store
-from mka_megatron.memory.tiers.pages import PageShape
+from mka_megatron.memory.tiers.pages import PageShape, TierError
 from mka_megatron.memory.tiers.statistics import TierStatistics
 from mka_megatron.memory.tiers.store import TierStore
 from mka_megatron.model.build import DTYPES
 from mka_megatron.parallel.groups import Topology
+
+
+def segments_per_step(config: Config) -> int:
+    """Forward and backward passes over a sample in one optimizer step: 1 without segments."""
+    training = config.training
+    if training.segment_length is None:
+        return 1
+    return training.segments_per_step or config.data.sequence_length // training.segment_length
 
 
 class Segments:
@@ -38,7 +47,7 @@ class Segments:
         self._length = length
         self.count = config.data.sequence_length // length
         """Segments of a sample."""
-        self.per_step = config.training.segments_per_step or self.count
+        self.per_step = segments_per_step(config)
         """Segments of an optimizer step."""
         self.next = 0
         """The segment that the next step begins with; 0: with a new sample."""
@@ -48,7 +57,7 @@ class Segments:
         self._store: TierStore | None = None
 
     def open(self) -> None:
-        """Open the page store, before any work. Raises TierError where the configured tiers cannot be used."""
+        """Open the page store, before any work. Raises ConfigError where the configured tiers cannot be used."""
         if self._store is not None:
             return
         memory, topology = self._config.memory_hierarchy, self._topology
@@ -63,7 +72,10 @@ class Segments:
         )
         output = str(Path(self._config.training.output_dir).resolve())
         run = hashlib.sha256(output.encode()).hexdigest()[:12]
-        self._store = open_store(memory, shape, run, topology.rank, topology.device)
+        try:
+            self._store = open_store(memory, shape, run, topology.rank, topology.device)
+        except TierError as error:
+            raise ConfigError(str(error)) from error
 
     def step(self, micro_batches: Sequence[Batch]) -> Iterator[tuple[Batch, Session]]:
         """The passes of one optimizer step: a segment and its begun session, to be committed after its backward."""
@@ -119,7 +131,7 @@ class Segments:
         write(body, self._name("samples"))
 
     def load(self, folder: Path) -> None:
-        """Go on where :meth:`save` was called, with pages of a new generation. Raises TierError as :meth:`open`."""
+        """Go on where :meth:`save` was called, with pages of a new generation. Raises ConfigError as :meth:`open`."""
 
         def read(name: str) -> Any:
             return torch.load(folder / self._name(name), map_location="cpu", weights_only=True)

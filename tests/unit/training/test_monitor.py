@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mka_megatron.memory.tiers.statistics import TierStatistics
 from mka_megatron.training.monitor import LossLog, Monitor, gate_scalars, write_json
 from mka_megatron.training.progress import Display
 from mka_megatron.training.records import Evaluation, StepRecord, Window, perplexity
@@ -42,10 +44,11 @@ def monitor(directory: Path, resumed_step: int = 0, peak_flops: float | None = 8
     )
 
 
-def log(books: Monitor, step: int) -> dict[str, float]:
+def log(books: Monitor, step: int, tiers: TierStatistics | None = None) -> dict[str, float]:
     return books.log(
-        step, loss_scale=1.0, params_norm=3.0, memory={"max_resident": 1.25}, gates=[((0.75, 0.25), 0.5)]
-    )
+        step, loss_scale=1.0, params_norm=3.0, memory={"max_resident": 1.25}, gates=[((0.75, 0.25), 0.5)],
+        tiers=tiers, recall_distances=None if tiers is None else torch.tensor([2, 3, 3]),
+    )  # fmt: skip
 
 
 def lines(path: Path) -> list[dict]:
@@ -128,6 +131,24 @@ def test_tensorboard_has_the_names_that_users_plot(tmp_path) -> None:
     }
     for tag, value in expected.items():
         assert points(tmp_path, tag) == [(1, pytest.approx(value, rel=1e-6))], tag
+
+
+def test_tensorboard_shows_the_tiers_and_what_was_recalled(tmp_path) -> None:
+    books = monitor(tmp_path)
+    for step in (1, 2):
+        books.step(record(step))
+    log(books, 2, TierStatistics(pages=9, dram_pages=4, ssd_pages=5, ssd_bytes=640, dram_hits=6, misses=2,
+                                 evictions=8, read_bytes=256, stall_seconds=0.5))  # fmt: skip
+    books.close()
+    expected = {"dram pages": 4, "ssd pages": 5, "ssd bytes": 640, "dram hits per step": 3,
+                "waited for ssd per step": 1, "evictions to ssd per step": 4, "read bytes per step": 128,
+                "stall (ms) per step": 250}  # fmt: skip
+    for name, value in expected.items():
+        assert points(tmp_path, f"tiers/{name}") == [(2, pytest.approx(value))], name
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (histogram,) = events.Histograms("recall/distance (chunks)")
+    assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.sum) == (2, 3, 8)
 
 
 def test_no_mfu_without_a_known_peak(tmp_path) -> None:
