@@ -1,0 +1,63 @@
+"""How well hashed selection finds the chunks that exact products would recall.
+
+Shapes: B batch, S slots, n chunks, H query heads, G KV heads, d head channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mka_megatron.memory.chunks import Chunks
+from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.hashing import Selector, planes, recall_at, recent
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer selects by."""
+
+    q: Tensor
+    """[B, S, H, d] queries after q-norm, before RoPE."""
+    k: Tensor
+    """[B, S, G, d] keys after k-norm, before RoPE."""
+    key_bias: Tensor | None
+    """[G, d] that all keys share."""
+
+
+def hash_recall(
+    layers: list[LayerInputs],
+    documents: Documents,
+    chunks: Chunks,
+    *,
+    window_chunks: int,
+    recalled: int,
+    candidates: int,
+    bits: int,
+    tables: int = 1,
+    seed: int = 0,
+) -> float:
+    """Share of the `recalled` chunks that exact products choose which the hash chooses too.
+
+    Over all layers, KV heads and those query chunks that choose among at least `candidates` chunks of their document.
+
+    Raises ValueError where no chunk has so many.
+    """
+    # chunks of the own document before the window; documents begin on chunk boundaries
+    earlier = chunks.at_hand(chunks.first_positions) // chunks.size + 1 - window_chunks
+    asked = (earlier >= candidates) & (chunks.at_hand(chunks.documents) >= 0)
+    if not bool(asked.any()):
+        raise ValueError(f"no chunk has {candidates} candidates: give longer documents.")
+
+    def chosen(layer: LayerInputs, selector: Selector) -> Tensor:
+        queries = recent(selector.queries(layer.q, layer.k.shape[2]), None, documents, chunks)
+        return selector.select(queries, selector.signature(layer.k, chunks), chunks, window_chunks)[asked]
+
+    found, wanted = [], []
+    for layer in layers:
+        drawn = planes(seed, tables, bits, layer.k.shape[-1])
+        found.append(chosen(layer, Selector("hash", recalled, drawn, layer.key_bias)))
+        wanted.append(chosen(layer, Selector("exact", recalled, None, layer.key_bias)))
+    return recall_at(torch.cat(found), torch.cat(wanted))
