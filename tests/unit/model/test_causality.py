@@ -9,12 +9,15 @@ from mka_megatron.config.load import load_config
 from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
 
-VOCAB, SEQUENCE, BOUNDARY = 192, 48, 20
+VOCAB, SEQUENCE, BOUNDARY = 192, 48, 20  # the boundary is one of chunks of 4
 TINY = [
     "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4",
     "model.num_kv_heads=2", "model.head_dim=16", "model.init_std=0.2", "data.sequence_length=48",
     "attention.mla.kv_lora_rank=16", "attention.mla.qk_rope_head_dim=8", "routing.gate_hidden_size=16",
 ]  # fmt: skip
+L3 = ["data.pad_documents_to_chunks=true", "memory_hierarchy.l1.chunk_size=4", "memory_hierarchy.l3.enabled=true",
+      "memory_hierarchy.l3.recalled_chunks=2"]  # fmt: skip
+BLOCK = [*L3, "memory_hierarchy.l1.window=8"]
 CASES = {
     "mha": ["attention.variant=mha"],
     "mqa": ["attention.variant=mqa"],
@@ -23,8 +26,16 @@ CASES = {
     "mka-output": ["attention.variant=mka"],
     "mka-score": ["attention.variant=mka", "attention.mixture=score"],
     "fastmka": ["attention.variant=fastmka"],
+    "blockmka": ["attention.variant=blockmka", *BLOCK],
+    "blockmka-exact-group": ["attention.variant=blockmka", *BLOCK, "memory_hierarchy.l3.selection=exact",
+                             "routing.scope=group"],
+    "blockmka-local": ["attention.variant=blockmka", *BLOCK, "memory_hierarchy.l3.enabled=false"],
+    "fastmka-block": ["attention.variant=fastmka", "attention.core=block", *BLOCK],
+    "fastmka-l3": ["attention.variant=fastmka", *L3],
+    "mka-output-l3": ["attention.variant=mka", *L3],
+    "mka-score-l3": ["attention.variant=mka", "attention.mixture=score", *L3, "memory_hierarchy.l2.enabled=false"],
     "fastmka-x-mean": ["attention.variant=fastmka", "routing.gate_input=x", "memory_hierarchy.l2.summary=mean"],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -54,6 +54,33 @@ def test_import_starts_function_preserving(variant, tmp_path, topology):
     assert all(p.grad.abs().item() > 0 for p in betas)
 
 
+CHUNKS = ["data.pad_documents_to_chunks=true", "memory_hierarchy.l1.chunk_size=8"]
+L3 = [*CHUNKS, "memory_hierarchy.l3.enabled=true"]
+EXACT = {
+    "a window over everything": ["attention.variant=blockmka", "memory_hierarchy.l1.window=96", *L3],
+    "every chunk recalled": ["attention.variant=blockmka", "memory_hierarchy.l1.window=16", *L3,
+                             "memory_hierarchy.l2.enabled=false", "memory_hierarchy.l3.recalled_chunks=12"],
+    "fused, every chunk recalled": ["attention.variant=fastmka", "attention.core=block",
+                                    "memory_hierarchy.l1.window=8", "memory_hierarchy.l3.recalled_chunks=12", *L3,
+                                    "memory_hierarchy.l2.enabled=false"],
+    "fused with L3": ["attention.variant=fastmka", *L3],
+    "mixed with L3": ["attention.variant=mka", *L3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("mode", EXACT)
+def test_import_in_exact_mode_equals_hugging_face(mode, family, tmp_path, topology):
+    theirs = random_model(family)
+    save(theirs, tmp_path)
+    with torch.no_grad():
+        theirs32 = theirs(TOKENS).logits
+        exact = theirs.double()(TOKENS).logits
+    own_error = (theirs32.double() - exact).abs().max()
+    error = (logits_of(import_model(tmp_path, topology, *EXACT[mode])).double() - exact).abs().max()
+    assert error <= 2 * own_error + torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 def edit(directory, change):
     path = directory / "model.safetensors"
     tensors = load_file(path)
