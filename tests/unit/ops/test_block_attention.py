@@ -131,7 +131,7 @@ def recall(
     table: Table, window: int, groups: int, channels: int, recalled: int, generator: torch.Generator
 ) -> Pages:
     """Random chunks out of those that may be recalled; those that are neither at hand nor in the halo are pages."""
-    batch, number = table.lengths.shape
+    batch = len(table.lengths)
     halo = min(window - 1, table.first)
     stored = max(table.first - halo, 0)
     index = torch.full((batch, table.count, groups, recalled), -1)
