@@ -59,8 +59,6 @@ def l3_level(
 
     # [B, S, H, d] -> [B, S, G, H/G, d] -> [B, n, C, G, d]
     mean_q = q.to(wide).unflatten(2, (groups, -1)).mean(dim=3)
-    if documents.padding is not None:
-        mean_q = mean_q.masked_fill(documents.padding[..., None, None], 0)
     missing = chunks.count * chunks.size - q.shape[1]
     mean_q = F.pad(mean_q, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, chunks.size))
     scores = torch.einsum("bncgd,bnrgd->bngcr", mean_q, recalled_k) * scale

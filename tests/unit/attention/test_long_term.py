@@ -330,6 +330,21 @@ def test_no_other_document_changes_a_bit(case, documents: str, dtype: torch.dtyp
             assert_bitwise(grad[row, begin:end], expected[row, begin:end])
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_lies_on_padding_does_not_matter(case) -> None:
+    layer = Layer.make("gaps", case[0], **case[1])
+    real = tokens(layer.where)
+    found = []
+    for fill in (0.0, 1e3):
+        other = changed(layer, ~real, fill, torch.float32)
+        given = replace(other, route=replace(other.route, logits=layer.route.logits.detach().float()))
+        out, _ = given.attend()
+        grads = torch.autograd.grad(out[real].square().sum(), [given.q, given.k, given.v])
+        found.append([out[real], *(grad[real] for grad in grads)])
+    for one, another in zip(*found, strict=True):
+        assert_bitwise(one, another)
+
+
 def test_a_blend_of_zero_is_plain_attention_bit_for_bit() -> None:
     layer = Layer.make("gaps")
     layer.route = replace(layer.route, beta=torch.zeros(1, dtype=torch.float64, requires_grad=True))
