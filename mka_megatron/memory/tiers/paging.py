@@ -74,6 +74,7 @@ class Paging:
         self._clean: OrderedDict[PageKey, Page] = OrderedDict()
         self._writes: deque[_Write] = deque()
         self._reads: list[_Read] = []
+        self._wished: list[PageKey] = []
 
     @property
     def capacity(self) -> int | None:
@@ -123,25 +124,32 @@ class Paging:
             self._release(page)
 
     def write_behind(self) -> None:
-        """Write the oldest pages while so few rows are free or clean that the next ones might have to wait."""
+        """Write the oldest pages until half of the rows are free or could be: new pages and prefetches do not wait."""
         if self._disk is None or self._dram.capacity is None:
             return
-        reserve = min(2 * self._batch, self._dram.capacity // 2)
         ready = (self._dram.free or 0) + len(self._clean) + sum(len(write.pages) for write in self._writes)
-        while ready < reserve:
+        while ready < self._dram.capacity // 2:
             started = self._start_writing()
             if not started:
                 return
             ready += started
 
     def prefetch(self, keys: Sequence[PageKey]) -> None:
-        """Start to read those of the pages that are on the disk alone, up to half of the rows."""
-        pages = [self.pages[key] for key in keys]
+        """Start to read those of the pages that are on the disk alone, into up to half of the rows.
+
+        Those for which no row can be had yet follow at the next call, unless others are then wanted instead.
+        """
+        self._wished = list(keys)
+        self._grant_wishes()
+
+    def _grant_wishes(self) -> None:
+        pages = [self.pages[key] for key in self._wished if key in self.pages]
         wanted = [page for page in pages if page.row is None and page.reading is None]
+        room = len(wanted)
         if self._dram.capacity is not None:
-            under_way = sum(len(read.pages) for read in self._reads)
-            wanted = wanted[: max(0, self._dram.capacity // 2 - under_way)]
-        self._start_reading(wanted, loose=0)
+            room = max(0, self._dram.capacity // 2 - sum(len(read.pages) for read in self._reads))
+        started = self._start_reading(wanted[:room], loose=0)
+        self._wished = [page.key for page in wanted[started:]]
 
     def read(self, keys: Sequence[PageKey], begin: int, end: int) -> Tensor:
         """Bytes [begin, end) of different pages' rows, uint8 [P, bytes] in host memory.
@@ -201,6 +209,8 @@ class Paging:
                     (self._clean if error is None else self._dirty)[page.key] = page
         for read in [read for read in self._reads if read.done.done()]:
             self._finish(read)
+        if self._wished:
+            self._grant_wishes()
         if failure is not None:
             raise TierError(f"a page cannot be written ({failure}): {self._full}.") from failure
 
@@ -257,8 +267,11 @@ class Paging:
             self._writes.append(_Write(self._disk.write(rows, slots), pages, slots))
         return len(slots)
 
-    def _start_reading(self, wanted: list[Page], loose: int) -> None:
-        """Start to read pages from the disk, into rows and up to `loose` into memory of their own."""
+    def _start_reading(self, wanted: list[Page], loose: int) -> int:
+        """Start to read pages from the disk, into rows and up to `loose` into memory of their own.
+
+        Returns how many: the first of those wanted.
+        """
         pages: list[Page] = []
         into: list[Tensor] = []
         for page in wanted:
@@ -272,7 +285,7 @@ class Paging:
                 break
             pages.append(page)
         if not pages:
-            return
+            return 0
         assert self._disk is not None
         slots = [page.slot for page in pages]
         parts = self._disk.read([page.key for page in pages], slots, into)  # type: ignore[arg-type]
@@ -281,6 +294,7 @@ class Paging:
             self._reads.append(read)
             for page in read.pages:
                 page.reading = read
+        return len(pages)
 
     def _finish(self, read: _Read) -> list[TierError | None]:
         """Wait for a read and note its end; returns per page what is wrong with it, if anything."""
