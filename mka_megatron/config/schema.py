@@ -248,7 +248,7 @@ class DataConfig:
     sequence_length: int = 512
     """Tokens per training sample."""
     pad_documents_to_chunks: bool = False
-    """Start every document on a multiple of memory_hierarchy.l1.chunk_size."""
+    """Start every document, and with format sft every response, on a multiple of memory_hierarchy.l1.chunk_size."""
     reset_at_documents: bool = True
     """Packed documents do not see each other (attention, positions, summaries, labels)."""
 

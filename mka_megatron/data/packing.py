@@ -4,7 +4,9 @@ An epoch is a stream of slots: the documents in that epoch's order, each one pad
 `chunk_size` when one is given. Row r is the slots [r*S, (r+1)*S) of it, and the slot after them for the last
 label; rows are then visited in a scattered order. A document that crosses a row's end goes on in the next
 row as a fresh document. With `split_documents` false (fine-tuning samples, which are useless without their
-beginning) a document that does not fit goes to the next row instead, and one longer than a row is cut.
+beginning) a document that does not fit goes to the next row instead, and one longer than a row is cut;
+with a `chunk_size` and a loss mask each response then begins on a multiple of it too, as generation closes the
+open chunk at a prompt's end.
 
 Memory is O(number of documents); every order depends on (seed, epoch) only.
 Legend: S slots of a row, D documents.
@@ -12,8 +14,9 @@ Legend: S slots of a row, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -54,7 +57,7 @@ class Packing:
         Args:
             corpus: the documents.
             sequence_length: S, slots of a row.
-            chunk_size: pad every document to a multiple of this; None: no padding between documents.
+            chunk_size: pad every document, and what comes before a response, to a multiple of this; None: no padding.
             reset_at_documents: labels that cross documents are IGNORE and every document is a start; when
                 false, a row is one document.
             split_documents: see the module.
@@ -81,9 +84,18 @@ class Packing:
         self._reset = reset_at_documents
         self._split = split_documents
         self._seed = seed
-        self._used = corpus.lengths if split_documents else np.minimum(corpus.lengths, sequence_length)
         chunk = chunk_size or 1
-        self._slots = -(-self._used // chunk) * chunk
+        # first token of every piece of a document that begins on a chunk of its own, and the piece's slot
+        self._cuts: list[tuple[tuple[int, int], ...]] | None = None
+        if split_documents:
+            self._used = corpus.lengths
+            self._slots = -(-self._used // chunk) * chunk
+        elif chunk_size is None or corpus.loss is None:
+            self._used = np.minimum(corpus.lengths, sequence_length)
+            self._slots = -(-self._used // chunk) * chunk
+        else:
+            self._cuts = [_cuts(corpus, document, chunk) for document in range(len(corpus.lengths))]
+            self._used, self._slots = _fit(self._cuts, corpus.lengths, sequence_length, chunk)
         total = int(self._slots.sum())
         if total == 0:
             raise DataError(f"{corpus.name}: no tokens to pack; add documents or remove the source")
@@ -112,19 +124,28 @@ class Packing:
         counts = np.zeros(length + 1, bool)
         begins = np.zeros(length + 1, bool)
         padding = np.ones(length + 1, bool)
+        follows: list[tuple[int, int]] = []
+        before = (-1, -1, -1)
         for document, begin, end, slot in self._pieces(index):
             stop = slot + end - begin
+            if begin and before[:2] == (document, begin):
+                follows.append((before[2], slot))
+            before = (document, end, stop - 1)
             tokens[slot:stop] = self._corpus.read(document, begin, end)
             counts[slot:stop] = self._corpus.read_loss(document, begin, end)
             padding[slot:stop] = False
             begins[slot] = begin == 0
-        keep = counts[1:] & ~padding[1:]
+        keep = counts[1:] & ~padding[1:] & ~padding[:-1]
         starts = np.zeros(length, bool)
         if self._reset:
             keep &= ~begins[1:]
             starts = begins[:-1]
         starts[0] = True
-        return Row(tokens[:-1], np.where(keep, tokens[1:], IGNORE), starts, padding[:-1])
+        labels = np.where(keep, tokens[1:], IGNORE)
+        for last, slot in follows:
+            if counts[slot]:
+                labels[last] = tokens[slot]
+        return Row(tokens[:-1], labels, starts, padding[:-1])
 
     def _enter(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -152,9 +173,13 @@ class Packing:
             if start >= high:
                 return
             begin = max(0, low - start)
-            end = min(int(self._used[document]), high - start)
-            if end > begin:
-                yield document, begin, end, start + begin - low
+            end = int(self._used[document])
+            if self._cuts is None:
+                end = min(end, high - start)
+            pieces = ((begin, begin),) if self._cuts is None else self._cuts[document]
+            for (first, offset), (following, _) in pairwise((*pieces, (end, 0))):
+                if first < min(following, end):
+                    yield document, first, min(following, end), start + offset - low
             place += 1
 
     def _fill_rows(self) -> np.ndarray:
@@ -165,3 +190,28 @@ class Packing:
             filled = int(self._ends[place - 1])
             first.append(place)
         return np.array(first, np.int64)
+
+
+def _cuts(corpus: Corpus, document: int, chunk: int) -> tuple[tuple[int, int], ...]:
+    """(first token, slot) of the pieces of a document, one more wherever the loss mask turns on."""
+    mask = corpus.read_loss(document, 0, int(corpus.lengths[document]))
+    cuts = [(0, 0)]
+    for token in (np.flatnonzero(mask[1:] & ~mask[:-1]) + 1).tolist():
+        first, slot = cuts[-1]
+        end = slot + token - first
+        cuts.append((token, -(-end // chunk) * chunk))
+    return tuple(cuts)
+
+
+def _fit(
+    cuts: Sequence[tuple[tuple[int, int], ...]], lengths: np.ndarray, sequence: int, chunk: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[D] int64 each: tokens of every document that fit into a row, and its slots, padding included."""
+    used, slots = np.zeros_like(lengths), np.zeros_like(lengths)
+    for document, (pieces, length) in enumerate(zip(cuts, lengths.tolist(), strict=True)):
+        first, slot = max(piece for piece in pieces if piece[1] < sequence)
+        used[document] = min(length, first + sequence - slot)
+        following = next((token for token, _ in pieces if token > first), length)
+        used[document] = min(used[document], following)
+        slots[document] = -(-(slot + used[document] - first) // chunk) * chunk
+    return used, slots

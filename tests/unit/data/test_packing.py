@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from mka_megatron.data.batch import IGNORE, DataError
 from mka_megatron.data.corpus import open_corpus
+from mka_megatron.data.loader import collate
 from mka_megatron.data.packing import Packing, Row
+from mka_megatron.memory.chunks import Chunks
 from tests.helpers import corpora
 from tests.helpers.corpora import STRIDE
 
@@ -136,6 +138,96 @@ def test_loss_mask_reaches_the_labels(tmp_path: Path) -> None:
     assert packing.row(0).labels.tolist() == [
         IGNORE, one + 2, one + 3, IGNORE, two + 1, IGNORE, two + 3, two + 4, IGNORE, IGNORE,
     ]
+
+
+def slots_by_the_loop(mask: list[int], sequence: int, chunk: int) -> list[tuple[int, int]]:
+    """(token, its slot behind the document's first) of every token that fits: the chunk is closed where the loss begins."""
+    found, slot = [], 0
+    for token, counts in enumerate(mask):
+        if token and counts and not mask[token - 1]:
+            slot = -(-slot // chunk) * chunk
+        if slot >= sequence:
+            break
+        found.append((token, slot))
+        slot += 1
+    return found
+
+
+MASKS = st.lists(st.lists(st.integers(0, 1), max_size=30), min_size=1, max_size=10).filter(any)
+
+
+@PROPERTY
+@given(MASKS, st.sampled_from([(8, 4), (16, 4), (48, 16), (12, 1)]), st.sampled_from([None, 1]))
+def test_responses_begin_on_chunks(
+    tmp_path: Path, masks: list[list[int]], shape: tuple[int, int], seed: int | None
+) -> None:
+    sequence, chunk = shape
+    documents = corpora.numbered([len(mask) for mask in masks])
+    prefix = corpora.write(tmp_path / "x", documents)
+    corpora.write(tmp_path / "x.loss", masks, np.uint8)
+    packing = Packing(
+        open_corpus(prefix, 10**9, loss=True), sequence_length=sequence, chunk_size=chunk, split_documents=False,
+        seed=seed,
+    )  # fmt: skip
+    expected, slots, rows = {}, [], 0
+    for number, mask in enumerate(masks):
+        places = slots_by_the_loop(mask, sequence, chunk)
+        expected |= {documents[number][token]: slot for token, slot in places}
+        slots.append(-(-(places[-1][1] + 1) // chunk) * chunk if places else 0)
+    seen = []
+    for row in epoch(packing, 1):
+        first, token_before = 0, None
+        for slot in np.flatnonzero(~row.padding).tolist():
+            token = int(row.tokens[slot])
+            number, place = divmod(token, STRIDE)
+            if place == 0:
+                first = slot
+                assert row.starts[slot] and slot % chunk == 0
+            else:
+                assert token_before == token - 1 and not row.starts[slot]
+            assert slot - first == expected[token]
+            goes_on = token + 1 in expected and masks[number - 1][place + 1]
+            assert row.labels[slot] == (token + 1 if goes_on else IGNORE)
+            token_before = token
+        assert (row.labels[row.padding] == IGNORE).all() and not row.tokens[row.padding].any()
+        batch = collate([row])
+        chunks = Chunks.of(batch.documents, chunk)
+        assert int(chunks.lengths.sum()) == int((~row.padding).sum())
+        seen += row.tokens[~row.padding].tolist()
+        rows += 1
+    assert sorted(seen) == sorted(expected), "every token that fits, once"
+    assert rows <= sum(size > 0 for size in slots) and rows >= -(-sum(slots) // sequence)
+
+
+def test_a_prompt_that_ends_with_its_chunk_is_not_padded(tmp_path: Path) -> None:
+    documents = corpora.numbered([6, 6, 9])
+    prefix = corpora.write(tmp_path / "x", documents)
+    masks = [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0, 1, 1, 1]]
+    corpora.write(tmp_path / "x.loss", masks, np.uint8)
+    packing = Packing(
+        open_corpus(prefix, 10**9, loss=True), sequence_length=16, chunk_size=4, split_documents=False, seed=None
+    )
+    one, two, three = ((number + 1) * STRIDE for number in range(3))
+    first, second = epoch(packing)
+    assert first.tokens.tolist() == [
+        *range(one, one + 6), 0, 0, two, two + 1, 0, 0, two + 2, two + 3, two + 4, two + 5,
+    ]  # fmt: skip
+    assert first.labels[:6].tolist() == [IGNORE, IGNORE, IGNORE, one + 4, one + 5, IGNORE]
+    assert first.labels[8:10].tolist() == [IGNORE, two + 2], "the prompt's last token predicts the response"
+    # a later turn closes the chunk too: tokens 0 | 1..5 | 6..8
+    assert second.tokens.tolist() == [
+        three, 0, 0, 0, *range(three + 1, three + 6), 0, 0, 0, three + 6, three + 7, three + 8, 0,
+    ]  # fmt: skip
+    assert second.starts.tolist() == [True] + [False] * 15
+
+
+def test_without_chunks_nothing_lies_between_prompt_and_response(tmp_path: Path) -> None:
+    documents = corpora.numbered([6])
+    prefix = corpora.write(tmp_path / "x", documents)
+    corpora.write(tmp_path / "x.loss", [[0, 0, 1, 1, 1, 1]], np.uint8)
+    corpus = open_corpus(prefix, 10**9, loss=True)
+    row = Packing(corpus, sequence_length=8, split_documents=False, seed=None).row(0)
+    assert row.tokens.tolist() == [*documents[0], 0, 0]
 
 
 def test_a_row_reads_only_what_it_holds(tmp_path: Path) -> None:
