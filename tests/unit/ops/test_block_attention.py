@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from mka_megatron.config.errors import ConfigError
-from mka_megatron.ops.block_attention import block_attention, blocks, choose
+from mka_megatron.ops.block_attention import block_attention, blocks, choose, flex
 from tests.helpers import block_oracle
 from tests.helpers.block_oracle import Pages, Table
 from tests.helpers.numerics import assert_as_accurate, assert_bitwise, assert_same, assert_same_gradients
@@ -203,6 +204,36 @@ def test_flex_attention_is_the_reference(name: str) -> None:
     with torch.no_grad():
         found, exact = given.run("flex"), given.run()
     assert_same(found, exact, 4 * given.q.shape[-1], given.v)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "nothing" not in name])
+def test_flex_attention_visits_the_blocks_that_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists of blocks, which eager FlexAttention does not read, against the rule for single pairs."""
+    masks: list[BlockMask] = []
+
+    def keep_mask(q: Tensor, *_: Tensor, block_mask: BlockMask, **__: object) -> Tensor:
+        masks.append(block_mask)
+        return q
+
+    monkeypatch.setattr(flex, "_attention", lambda device: keep_mask)
+    case(**CASES[name]).run("flex")
+    (mask,) = masks
+    rows, columns = mask.BLOCK_SIZE
+    pairs = create_mask(mask.mask_mod, *mask.kv_num_blocks.shape[:2], *mask.seq_lengths, device="cpu")
+    # [B, G, n*F*C, K*C] -> [B, G, n, F*C, K, C]
+    pairs = pairs.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+    part, whole = (
+        torch.zeros_like(order, dtype=torch.bool).scatter_(
+            3, order.long(), torch.arange(order.shape[3]).expand_as(order) < number[..., None]
+        )
+        for number, order in (
+            (mask.kv_num_blocks, mask.kv_indices),
+            (mask.full_kv_num_blocks, mask.full_kv_indices),
+        )
+    )
+    assert not bool((part & whole).any())
+    assert torch.equal(part | whole, pairs.any(dim=5).any(dim=3))
+    assert not bool((whole & ~pairs.all(dim=5).all(dim=3)).any())
 
 
 def test_flex_attention_has_a_backward() -> None:
