@@ -2,8 +2,8 @@
 
     python tools/compare_variants.py --steps 200 --output runs/variants [configs/run/tiny.yaml key=value ...]
 
-Each row is one run of `python -m mka_megatron.training` with one override more; a finished row is not
-run again. The table is printed and written to OUTPUT/variants.md, the figures to OUTPUT/variants.json.
+Each row is one run of `python -m mka_megatron.training` with the row's overrides; a finished row is not
+run again. Rows on chunks pad every document to a multiple of them. The table is printed and written to OUTPUT/variants.md, the figures to OUTPUT/variants.json.
 """
 
 from __future__ import annotations
@@ -14,14 +14,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+CHUNKS = ["memory_hierarchy.l1.chunk_size=64", "data.pad_documents_to_chunks=true"]
+L3 = [*CHUNKS, "memory_hierarchy.l3={enabled: true, recalled_chunks: 2}"]
+BLOCK = [*L3, "memory_hierarchy.l1.window=128"]
 ROWS = {
-    "mha": "attention.variant=mha",
-    "mqa": "attention.variant=mqa",
-    "gqa": "attention.variant=gqa",
-    "mla": "attention.variant=mla",
-    "mka (output)": "attention={variant: mka, mixture: output}",
-    "mka (score)": "attention={variant: mka, mixture: score}",
-    "fastmka": "attention.variant=fastmka",
+    "mha": ["attention.variant=mha"],
+    "mqa": ["attention.variant=mqa"],
+    "gqa": ["attention.variant=gqa"],
+    "mla": ["attention.variant=mla"],
+    "mka (output)": ["attention={variant: mka, mixture: output}"],
+    "mka (score)": ["attention={variant: mka, mixture: score}"],
+    "fastmka": ["attention.variant=fastmka"],
+    "fastmka (L1-L3)": ["attention.variant=fastmka", *L3],
+    "fastmka (block core)": ["attention={variant: fastmka, core: block}", *BLOCK],
+    "blockmka": ["attention.variant=blockmka", *BLOCK],
+    "blockmka (local)": ["attention.variant=blockmka", *BLOCK, "memory_hierarchy.l3.enabled=false"],
 }
 
 
@@ -49,7 +56,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict:
     metrics = directory / "metrics.json"
     if not metrics.is_file():
         command = [
-            sys.executable, "-m", "mka_megatron.training", *arguments.config, ROWS[name],
+            sys.executable, "-m", "mka_megatron.training", *arguments.config, *ROWS[name],
             f"training.steps={arguments.steps}", f"training.output_dir={directory}",
         ]
         print(" ".join(command), flush=True)

@@ -75,11 +75,11 @@ class Session:
     def begin(self, documents: Documents) -> None:
         """The next segment's slots, a part of the rows."""
         self._documents = documents
+        self._prefetch(0)
 
     def view(self, layer: int) -> SegmentView:
         """What `layer` sees of the segments before this one."""
-        if wanted := self._wanted.get(layer + 1):
-            self._store.prefetch(wanted)
+        self._prefetch(layer + 1)
         return SegmentView(self, layer)
 
     def stage(self, layer: int, update: Update) -> None:
@@ -139,6 +139,10 @@ class Session:
             self._layers[int(number)] = _Layer(**moved)
         for block in blocks:
             self._store.put([self.key(*place) for place in block["places"]], **block["pages"])
+
+    def _prefetch(self, layer: int) -> None:
+        if wanted := self._wanted.get(layer):
+            self._store.prefetch(wanted)
 
     def _put(self, layer: int, update: Update, chunks: Chunks) -> None:
         lengths = chunks.at_hand(chunks.lengths)
