@@ -4,11 +4,10 @@ Work and memory are linear in S but for the S²/2C scores of the summaries, of w
 A block is some chunks of one document: the chunks that each of them sees token by token are gathered into one
 tile of keys per (chunk, KV head); the document's summaries serve all of them. No block mixes two documents, so
 another document's contents are multiplied by nothing, not even by zero. Shapes depend on S and the chunk table
-alone, and sums are in a fixed order.
+alone, and sums are in a fixed order (on CUDA index_add_ has none).
 
-Shapes: B batch, S slots at hand, C chunk size, N chunks of the row, n chunks at hand, m chunks of a block, H query
-heads, G KV heads, F = H/G query heads of a KV head, d channels, P chunks that a row can gather (halo, at hand, pages, one of zeros),
-J chunks of a tile, U summaries of a block.
+Shapes: B batch, S slots at hand, C chunk size, n chunks at hand, H query heads, G KV heads, F = H/G query heads of
+a KV head, d channels.
 """
 
 from __future__ import annotations
