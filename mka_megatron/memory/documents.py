@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mka_megatron.memory.compaction import Compaction, Move, moved
+
 T = TypeVar("T")
 Span = tuple[int, int, int]
 """(row, first slot, past the last slot)."""
@@ -239,60 +241,15 @@ class Documents:
         # padding goes to one slot more, so that nothing here waits for the device
         to = torch.where(tokens, row + first + _ranks(tokens, first), tokens.numel()).flatten()
         source = torch.full((tokens.numel() + 1,), -1, device=tokens.device).scatter(0, to, slots)[:-1]
-        into = _Move(source.clamp_min(0), source < 0)
-        back = _Move(torch.where(tokens.flatten(), to, 0), ~tokens.flatten())
+        into = Move(source.clamp_min(0), source < 0)
+        back = Move(torch.where(tokens.flatten(), to, 0), ~tokens.flatten())
         spans = tuple(
             (row, begin, begin + count) for (row, begin, _), count in zip(self.spans, self.lengths, strict=True)
         )
         documents = Documents(
-            self.starts, (source < 0).view(tokens.shape), _moved(self.positions, into), spans, spans, False
+            self.starts, (source < 0).view(tokens.shape), moved(self.positions, into), spans, spans, False
         )
         return Compaction(documents, into, back)
-
-
-@dataclass(frozen=True)
-class _Move:
-    """A gather of the B*S slots."""
-
-    source: Tensor
-    """[B*S] int64: the slot that comes here."""
-    blank: Tensor
-    """[B*S] bool: none does."""
-
-
-@dataclass(frozen=True, eq=False)
-class Compaction:
-    """Rows whose documents have gaps, and the same rows without."""
-
-    documents: Documents
-    """The rows without gaps, on their own: `whole` is None."""
-    into: _Move
-    back: _Move
-
-    def take(self, x: Tensor) -> Tensor:
-        """[B, S, ...] of the rows with gaps -> the same of those without; 0 on padding. Differentiable."""
-        return _Moved.apply(x, self.into, self.back)
-
-    def put(self, x: Tensor) -> Tensor:
-        """[B, S, ...] of the rows without gaps -> the same of those with; 0 on padding. Differentiable."""
-        return _Moved.apply(x, self.back, self.into)
-
-
-class _Moved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, move: _Move, inverse: _Move) -> Tensor:
-        ctx.moves = (inverse, move)
-        return _moved(x, move)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Moved.apply(grad, *ctx.moves), None, None
-
-
-def _moved(x: Tensor, move: _Move) -> Tensor:
-    # [B, S, ...] -> [B*S, ...] and back
-    flat = x.flatten(0, 1).index_select(0, move.source)
-    return flat.masked_fill_(move.blank.view(-1, *(1,) * (flat.dim() - 1)), 0).view(x.shape)
 
 
 def _first_slots(starts: Tensor) -> Tensor:

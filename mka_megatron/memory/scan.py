@@ -39,7 +39,7 @@ def scan_(
 ) -> None:
     """In place z_t += rate * z_{t-1} unless t is a document's start; reverse: z_t += rate * z_{t+1} unless t+1 is.
 
-    Padding is scanned like tokens: what follows it is a start or nothing.
+    Padding is scanned like tokens: what follows it is a start or nothing, for `documents` have no gaps.
 
     Args:
         buffer: [B, N*T, ...] contiguous, from :func:`allocate`.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mka_megatron.config.schema import L2Config, MemoryConfig
+from mka_megatron.config.schema import L2Config, L3Config, MemoryConfig
 from mka_megatron.memory.routing import levels, route, route_entropy, score_bias
 from tests.helpers.numerics import assert_bitwise, assert_same
 
@@ -96,3 +96,5 @@ def test_entropy_is_zero_for_a_hard_route_and_log_of_the_levels_for_a_uniform_on
 def test_levels_follow_the_configuration() -> None:
     assert levels(MemoryConfig()) == 2
     assert levels(MemoryConfig(l2=L2Config(enabled=False))) == 1
+    assert levels(MemoryConfig(l3=L3Config(enabled=True))) == 3
+    assert levels(MemoryConfig(l2=L2Config(enabled=False), l3=L3Config(enabled=True))) == 2
