@@ -5,6 +5,7 @@ Shapes: B batch, S slots, n chunks, H query heads, G KV heads, d head channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +36,13 @@ def hash_recall(
     window_chunks: int,
     recalled: int,
     candidates: int,
-    bits: int,
-    tables: int = 1,
-    seed: int = 0,
-) -> float:
-    """Share of the `recalled` chunks that exact products choose which the hash chooses too.
+    codes: Sequence[tuple[int, int]],
+    seed: int,
+) -> list[float]:
+    """Share of the `recalled` chunks that exact products choose which the hash chooses too, for each of the `codes`.
 
     Over all layers, KV heads and those query chunks that choose among at least `candidates` chunks of their document.
-
-    Raises ValueError where no chunk has so many.
+    A code is (bits, tables), its planes drawn from `seed`. Raises ValueError where no chunk has so many candidates.
     """
     # chunks of the own document before the window; documents begin on chunk boundaries
     earlier = chunks.at_hand(chunks.first_positions) // chunks.size + 1 - window_chunks
@@ -55,9 +54,10 @@ def hash_recall(
         queries = recent(selector.queries(layer.q, layer.k.shape[2]), None, documents, chunks)
         return selector.select(queries, selector.signature(layer.k, chunks), chunks, window_chunks)[asked]
 
-    found, wanted = [], []
-    for layer in layers:
-        drawn = planes(seed, tables, bits, layer.k.shape[-1])
-        found.append(chosen(layer, Selector("hash", recalled, drawn, layer.key_bias)))
-        wanted.append(chosen(layer, Selector("exact", recalled, None, layer.key_bias)))
-    return recall_at(torch.cat(found), torch.cat(wanted))
+    wanted = torch.cat([chosen(layer, Selector("exact", recalled, None, layer.key_bias)) for layer in layers])
+    recalls = []
+    for bits, tables in codes:
+        drawn = planes(seed, tables, bits, layers[0].k.shape[-1])
+        found = [chosen(layer, Selector("hash", recalled, drawn, layer.key_bias)) for layer in layers]
+        recalls.append(recall_at(torch.cat(found), wanted))
+    return recalls

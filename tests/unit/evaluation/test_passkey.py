@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,48 @@ def test_a_length_without_room_is_refused() -> None:
 )  # fmt: skip
 def test_the_first_number_has_to_be_the_key(continuation: str, right: bool) -> None:
     assert found(continuation, 123) is right
+
+
+TINY = [
+    "model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=32", "model.num_attention_heads=2",
+    "model.num_kv_heads=2", "model.head_dim=16", "routing.gate_hidden_size=8", "memory_hierarchy.l1.chunk_size=16",
+    "memory_hierarchy.l1.window=32", "data.sequence_length=288", "training.steps=5", "training.warmup_steps=1",
+]  # fmt: skip
+
+
+def test_the_tool_reports_what_it_says(topology, tmp_path: Path) -> None:
+    from mka_megatron.config.load import load_config
+    from tools import passkey
+
+    config = load_config("configs/run/passkey.yaml", [*TINY, f"training.output_dir={tmp_path}"])
+    figures = passkey.measure(config, 3, topology)
+    assert set(figures["accuracy"]) == {
+        "with L3", "with L3, exact selection", "the same weights, L3 hidden", "trained without L3"}  # fmt: skip
+    assert all(sum(cell[1] for cell in row.values()) == 3 for row in figures["by_windows_back"].values())
+    assert all(0 < value <= 1 for table in figures["recall"].values() for value in table.values())
+    assert "| 64 bits x 1 |" in passkey.table(figures)
+
+
+def test_the_answer_begins_a_chunk(tmp_path: Path) -> None:
+    from mka_megatron.config.load import load_config
+    from mka_megatron.data.packing import Packing
+    from mka_megatron.data.prepare import prepare
+    from tools import passkey
+
+    config = load_config("configs/run/passkey.yaml", [*TINY, f"training.output_dir={tmp_path}"])
+    tokenizer = passkey.passkey_tokenizer(tmp_path / "tokenizer")
+    trials, sources = passkey.write_data(config, tokenizer, 20, tmp_path / "data")
+    data = prepare(passkey.stage_data(config, sources[-1], tokenizer, tmp_path), progress=False)
+    packing = Packing(data.valid[0], sequence_length=288, chunk_size=16, split_documents=False, seed=None)
+    assert len(packing) == len(trials) == 20
+    for number, trial in enumerate(trials):
+        row = packing.row(number)
+        prompt_tokens = tokenizer.encode([trial.prompt])[0]
+        begin = -(-len(prompt_tokens) // 16) * 16
+        assert row.tokens[: len(prompt_tokens)].tolist() == prompt_tokens
+        assert row.padding[len(prompt_tokens) : begin].all() and not row.padding[begin]
+        answer = [*tokenizer.encode([trial.response])[0], tokenizer.eos_id]
+        assert row.tokens[begin : begin + len(answer)].tolist() == answer
+        assert len(answer) == 2 + len(str(trial.key))  # a blank, the digits one by one, the end
+        assert row.labels[row.labels >= 0].tolist() == answer
+        assert row.labels[len(prompt_tokens) - 1] == answer[0]
