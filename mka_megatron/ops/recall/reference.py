@@ -20,7 +20,7 @@ _BLOCK = 1 << 22
 
 def fixed_point(x: Tensor) -> Tensor:
     """round(x * 2^16) in fp64, halves to even; the shape of x, of any floating dtype."""
-    return x.detach().double().nan_to_num(nan=0.0).clamp(-RANGE, RANGE).mul_(2.0**FRACTION_BITS).round_()
+    return x.detach().double().nan_to_num(nan=0.0).clamp_(-RANGE, RANGE).mul_(2.0**FRACTION_BITS).round_()
 
 
 def chunk_sums(x: Tensor, lengths: Tensor, size: int, centre: Tensor | None = None) -> Tensor:
