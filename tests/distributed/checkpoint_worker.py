@@ -29,12 +29,15 @@ from mka_megatron.training.checkpoint import CheckpointError
 from tests.distributed.engine_worker import NVME, OFFLOAD, SHARDED, ZERO
 from tests.helpers.engine_runs import config_of, engine_of, micro_batches, train
 
+SHARED = ["parallel.context_parallel=2"]
 RESUMED = {
     **ZERO,
     **OFFLOAD,
     **{f"{zero} {half}": [*case, f"training.precision={half}"] for zero, case in ZERO.items() for half in ("bf16", "fp16")},
     "tp2 zero1": [*ZERO["zero1"], *SHARDED],
     "tp2 zero3": [*ZERO["zero3"], *SHARDED],
+    "cp2 zero1": [*ZERO["zero1"], *SHARED],
+    "cp2 zero3": [*ZERO["zero3"], *SHARED],
 }
 # A scale that overflows at once, and doubles after every second good step: a state worth resuming.
 LOSS_SCALE = {"fp16": {"loss_scale_window": 2, "hysteresis": 2, "initial_scale_power": 18}}
@@ -260,6 +263,8 @@ def main(directory: Path, with_nvme: bool, small_disk: Path | None) -> None:
     for name, case in RESUMED.items():
         if name.startswith("tp2") and topology.tp_size == 1:
             topology = regroup(SHARDED)
+        if name.startswith("cp2") and topology.cp_size == 1:
+            topology = regroup(SHARED)
         record(f"resume {name}", resume(case, topology, directory / name.replace(" ", "-")))
     topology = regroup([])
     if with_nvme:

@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("checkpoint_worker.py")
 ZERO = [f"zero{stage}" for stage in range(4)]
 RESUMED = [
     *ZERO, "zero1 cpu", "zero2 cpu", "zero3 cpu", "zero3 cpu, parameters cpu", "zero3 parameters cpu",
-    *(f"{zero} {half}" for zero in ZERO for half in ("bf16", "fp16")), "tp2 zero1", "tp2 zero3",
+    *(f"{zero} {half}" for zero in ZERO for half in ("bf16", "fp16")), "tp2 zero1", "tp2 zero3", "cp2 zero1", "cp2 zero3",
     "zero3 nvme", "zero3 nvme, parameters nvme", "zero3 cpu, parameters nvme", "zero3 nvme fp16",
 ]
 

@@ -43,3 +43,23 @@ def test_variants_are_tabulated(tmp_path):
         assert f"| {name} | {row['parameters']:,} |" in table
         assert f"| {row['final']['valid_perplexity']:.2f} |" in table
     assert rows["mka (score)"]["config"]["attention"]["mixture"] == "score"
+
+
+def test_bytes_between_context_parallel_ranks_are_counted(tmp_path):
+    out = tmp_path / "out.json"
+    shape = ("--ranks", 3, "--seq", 768, "--chunk", 16, "--window", 32, "--kv-heads", 2, "--head-dim", 8, "--recalled", 2)
+    run_tool("bench_context", *shape, "--dtype", "fp32", "--json", out)
+    sent = json.loads(out.read_text())["sent"]
+    # keys and values of 256 slots to both others; gradients to the ranks before
+    shard, chunk = 2 * 256 * 2 * 8 * 4, 2 * 16 * 2 * 8 * 4
+    for rank, dense in enumerate(sent["gqa"]):
+        assert dense == {"keys and values": 2 * shard, "keys and values gradient": rank * shard}
+    for rank, block in enumerate(sent["blockmka without L3"]):
+        # one halo chunk goes to the next rank and comes back; 16 summaries as the keys and values above
+        assert block["halo"] == (chunk if rank < 2 else 0)
+        assert block["halo gradient"] == (chunk if rank > 0 else 0)
+        assert block["summaries"] == 2 * shard / 16
+        assert "pages" not in block
+    for rank, block in enumerate(sent["blockmka"]):
+        assert (block["pages"] > 0) == (rank < 2)
+        assert block["pages"] % (chunk // 2) == 0
