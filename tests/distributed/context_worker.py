@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.hashing import SELECTING_QUERIES
 from mka_megatron.memory.summary import ema
-from mka_megatron.memory.view import SELECTING_QUERIES, Summaries
+from mka_megatron.memory.view import Summaries
 from mka_megatron.parallel.context import RankView
 from mka_megatron.parallel.exchange import Traffic, exchange, gather_before, transpose
 
