@@ -84,7 +84,7 @@ def block_core(
     )
     before = view.summaries(summaries)
     selected = queries = None
-    if selector is not None:
+    if selector is not None and before.signature is not None:
         fixed = selector.queries(q, k.shape[2])
         queries = last_queries(fixed, documents)
         recent_queries = recent(fixed, view.queries(queries), documents, chunks)

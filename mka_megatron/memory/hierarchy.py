@@ -135,7 +135,7 @@ class Session:
     def restore(self, state: dict[str, Any], blocks: Iterator[dict[str, Any]], device: torch.device) -> None:
         """Take over what :meth:`state` and :meth:`blocks` gave, under this session's keys."""
         for number, layer in state["layers"].items():
-            moved = {name: None if value is None else value.to(device) for name, value in layer.items()}
+            moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in layer.items()}
             self._layers[int(number)] = _Layer(**moved)
         for block in blocks:
             self._store.put([self.key(*place) for place in block["places"]], **block["pages"])

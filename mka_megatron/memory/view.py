@@ -15,6 +15,7 @@ from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import Selector
 
+
 @dataclass(frozen=True)
 class Summaries:
     """One entry per chunk, of consecutive chunks from the row's first (or, not yet joined, those at hand)."""

@@ -39,7 +39,7 @@ class GroupedSelfAttention(SelfAttention):
     def _keep_key_bias(self, linear: nn.Module, inputs: object, outputs: object) -> None:
         # [G*(H/G+2)*d] -> [G, H/G+2, d], keys next to last
         d = self.hidden_size_per_attention_head
-        bias = linear.bias.detach().unflatten(0, (self.num_query_groups_per_partition, -1, d))
+        bias = linear.get_parameter("bias").detach().unflatten(0, (self.num_query_groups_per_partition, -1, d))
         self.key_bias = bias[:, -2].clone()
 
     def _raw_query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
