@@ -8,6 +8,7 @@ right to lock memory is missing.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 from collections.abc import Callable
@@ -140,7 +141,9 @@ def factory(backend: Backend, folder: Path, locked_bytes: int) -> tuple[str, Cal
     return f"preadv/pwritev {kind}: {reason}", lambda size: PlainChannel(size, direct)
 
 
+@functools.cache
 def _deepspeed() -> tuple[Any, str]:
+    """DeepSpeed's operations, or None and why not."""
     try:
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
