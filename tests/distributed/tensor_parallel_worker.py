@@ -17,13 +17,14 @@ from mka_megatron.model.build import build_model
 from mka_megatron.parallel import groups
 from mka_megatron.training.engine import Engine, construction_context
 
-VOCAB, BATCH, SEQUENCE = 192, 4, 64
+VOCAB, BATCH, SEQUENCE, CHUNK = 192, 4, 64, 8
 SHAPE = [
     "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4",
     "model.num_kv_heads=2", "model.head_dim=16", "model.max_position_embeddings=64", "model.qk_norm=true",
     "attention.mla.q_lora_rank=24", "attention.mla.kv_lora_rank=16", "attention.mla.qk_nope_head_dim=16",
     "attention.mla.qk_rope_head_dim=8", "attention.mla.v_head_dim=16", "routing.gate_hidden_size=16",
-    f"data.sequence_length={SEQUENCE}", f"training.micro_batch_size={BATCH}", "training.warmup_steps=5",
+    f"data.sequence_length={SEQUENCE}", "data.pad_documents_to_chunks=true", f"memory_hierarchy.l1.chunk_size={CHUNK}",
+    f"training.micro_batch_size={BATCH}", "training.warmup_steps=5",
     f"training.global_batch_size={BATCH}", "training.learning_rate=1e-3", "training.steps=50",
 ]
 
@@ -40,7 +41,7 @@ def batches(count: int) -> list[Batch]:
         starts[:, 0] = True
         labels = text[:, 1:].clone()
         for row in range(1, BATCH):
-            cut = int(torch.randint(8, SEQUENCE - 8, (), generator=generator))
+            cut = CHUNK * int(torch.randint(1, SEQUENCE // CHUNK, (), generator=generator))
             starts[row, cut] = True
             labels[row, cut - 1] = IGNORE
         made.append(Batch(text[:, :-1].contiguous(), labels, Documents.from_starts(starts)))

@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.launch import torchrun
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
+L3 = ["memory_hierarchy.l3.enabled=true", "memory_hierarchy.l3.recalled_chunks=2"]
+BLOCK = [*L3, "memory_hierarchy.l1.window=16"]
 CASES = {
     "mha": ["attention.variant=mha"],
     "mqa": ["attention.variant=mqa"],
@@ -23,6 +25,11 @@ CASES = {
     "fastmka-x-group": ["attention.variant=fastmka", "routing.scope=group", "routing.gate_input=x"],
     "fastmka-top1-head": ["attention.variant=fastmka", "routing.mode=top1", "memory_hierarchy.l2.decay=head"],
     "fastmka-mean": ["attention.variant=fastmka", "memory_hierarchy.l2.summary=mean"],
+    "fastmka-l3": ["attention.variant=fastmka", *L3],
+    "mka-score-l3": ["attention.variant=mka", "attention.mixture=score", *L3],
+    "fastmka-block": ["attention.variant=fastmka", "attention.core=block", *BLOCK],
+    "blockmka": ["attention.variant=blockmka", *BLOCK, "model.qk_norm=false", "model.qkv_bias=true"],
+    "blockmka-x-group": ["attention.variant=blockmka", *BLOCK, "routing.scope=group", "routing.gate_input=x"],
     "gqa-bias-untied": ["attention.variant=gqa", "model.qk_norm=false", "model.qkv_bias=true",
                         "model.tie_embeddings=false"],
 }
