@@ -124,3 +124,23 @@ def test_a_refusal_is_said_once(override: str, sentence: str, workplace: Workpla
     assert run.wait() != 0
     assert run.text().count(sentence) == 1
     assert "mka_megatron/training/loop.py" not in run.text()  # no traceback of ours
+
+
+def test_two_ranks_that_share_rows_report_what_one_does(workplace: Workplace) -> None:
+    """Losses, evaluation and the gates' mean shares; roundoff apart."""
+    short = ("training.steps=6", "training.eval_interval=0", "training.save_interval=0", "logging.interval=6")
+    one = workplace.start("alone", *short).finish()
+    two = workplace.start("shared", *short, "parallel.context_parallel=2", ranks=2).finish()
+    losses = [[float.fromhex(loss) for _, loss, _ in each.losses()] for each in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    final = [each.metrics()["final"] for each in (one, two)]
+    assert final[1]["valid_tokens"] == final[0]["valid_tokens"]
+    assert final[1]["valid_loss"] == pytest.approx(final[0]["valid_loss"], rel=1e-6)
+    boards = [EventAccumulator(str(each.out / "tensorboard")) for each in (one, two)]
+    for each in boards:
+        each.Reload()
+    tags = [tag for tag in boards[0].Tags()["scalars"] if "route" in tag or "gate" in tag]
+    assert tags
+    for tag in tags:
+        alone, shared = (each.Scalars(tag)[-1].value for each in boards)
+        assert shared == pytest.approx(alone, rel=1e-5), tag
