@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class Pool:
         if capacity is not None:
             self._per_slab = max(1, min(self._per_slab, capacity))
         self._slabs: list[Tensor] = []
+        self._arrays: list[np.ndarray] = []
         self._returned: list[int] = []
         self._fresh = 0
 
@@ -44,7 +46,10 @@ class Pool:
         if self._fresh == self.capacity:
             return None
         if self._fresh == len(self._slabs) * self._per_slab:
-            self._slabs.append(self.empty(self._per_slab, self.row_bytes))
+            slab = self.empty(self._per_slab, self.row_bytes)
+            self._slabs.append(slab)
+            if self._device.type == "cpu":
+                self._arrays.append(slab.numpy())
         self._fresh += 1
         return self._fresh - 1
 
@@ -52,36 +57,33 @@ class Pool:
         """`row` may be handed out again."""
         self._returned.append(row)
 
-    def row(self, row: int) -> Tensor:
-        """uint8 [row_bytes], the row itself."""
+    def row(self, row: int) -> np.ndarray:
+        """uint8 [row_bytes], the row itself; host memory only."""
         slab, index = divmod(row, self._per_slab)
-        return self._slabs[slab][index]
+        return self._arrays[slab][index]
 
     def empty(self, rows: int, width: int) -> Tensor:
         """uint8 [rows, width] outside the pool, in memory of the same kind."""
         return torch.empty(rows, width, dtype=torch.uint8, device=self._device, pin_memory=self._pin)
 
-    def read(self, rows: list[int], begin: int, end: int) -> Tensor:
-        """A copy of bytes [begin, end) of `rows`, uint8 [rows, end - begin], on the pool's device."""
-        out = self.empty(len(rows), end - begin)
+    def read(self, rows: list[int]) -> Tensor:
+        """A copy of `rows`, uint8 [rows, row_bytes] on the pool's device."""
+        out = self.empty(len(rows), self.row_bytes)
         for slab, index, places in self._by_slab(rows):
-            if len(places) == len(rows):
-                torch.index_select(slab[:, begin:end], 0, index, out=out)
-            else:
-                out[places] = slab[:, begin:end].index_select(0, index)
+            out[places] = slab.index_select(0, index)
         return out
 
     def write(self, rows: list[int], values: Tensor) -> None:
-        """Copy `values`, uint8 [rows, bytes] on the pool's device, to the head of `rows`."""
+        """Copy `values`, uint8 [rows, row_bytes] on the pool's device, to `rows`."""
         for slab, index, places in self._by_slab(rows):
-            part = values if len(places) == len(rows) else values[places]
-            slab[:, : values.shape[1]].index_copy_(0, index, part)
+            slab.index_copy_(0, index, values[places])
 
-    def _by_slab(self, rows: list[int]) -> list[tuple[Tensor, Tensor, list[int]]]:
+    def _by_slab(self, rows: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
         order = sorted(range(len(rows)), key=lambda place: rows[place] // self._per_slab)
         found = []
         for slab, group in groupby(order, key=lambda place: rows[place] // self._per_slab):
             places = list(group)
-            index = torch.tensor([rows[place] % self._per_slab for place in places], device=self._device)
-            found.append((self._slabs[slab], index, places))
+            index = [rows[place] % self._per_slab for place in places]
+            both = torch.tensor([index, places], device=self._device)
+            found.append((self._slabs[slab], both[0], both[1]))
         return found

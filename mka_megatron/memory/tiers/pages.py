@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -135,23 +136,27 @@ class Seal:
         return xxhash.xxh3_64_intdigest(record[_CHECKSUM.size : self._used])
 
 
-def pack(shape: PageShape, record_bytes: int, **values: Tensor | None) -> Tensor:
-    """Records not yet sealed, uint8 [P, record_bytes] in host memory, of the fields' values [P, *its shape] by name."""
-    count = next(len(value) for value in values.values() if value is not None)
-    records = torch.empty(count, record_bytes, dtype=torch.uint8)
-    records[:, shape.used_bytes :] = 0
+def as_bytes(shape: PageShape, values: dict[str, Tensor]) -> list[tuple[int, int, np.ndarray]]:
+    """Per field its first byte and the byte behind it in a record, and uint8 [P, bytes] in host memory, of the
+    fields' values [P, *its shape] by name. Raises ValueError for another shape or type."""
+    found = []
     for name, value in values.items():
-        if value is not None:
-            _field(shape, records, name).copy_(value.detach())
-    return records
+        begin, end, dims, dtype = shape.fields[name]
+        if value.shape[1:] != dims or value.dtype != dtype:
+            raise ValueError(
+                f"{name} is {value.dtype} of shape {list(value.shape)}: give {dtype}, [P, {', '.join(map(str, dims))}]."
+            )
+        if begin < end:
+            # [P, *dims] -> [P, bytes]
+            flat = value.detach().to("cpu").contiguous().flatten(1).view(torch.uint8)
+            found.append((begin, end, flat.numpy()))
+    return found
 
 
 def unpack(shape: PageShape, records: Tensor) -> dict[str, Tensor]:
     """The fields of uint8 [P, record bytes], [P, *its shape] by name, as views."""
-    return {name: _field(shape, records, name) for name in shape.fields}
-
-
-def _field(shape: PageShape, records: Tensor, name: str) -> Tensor:
-    begin, end, dims, dtype = shape.fields[name]
     # [P, bytes] -> [P, values] -> [P, *dims]
-    return records[:, begin:end].view(dtype).unflatten(1, dims)
+    return {
+        name: records[:, begin:end].view(dtype).unflatten(1, dims)
+        for name, (begin, end, dims, dtype) in shape.fields.items()
+    }

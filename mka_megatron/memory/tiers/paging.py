@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from mka_megatron.memory.tiers.dram import Pool
@@ -54,7 +54,7 @@ class _Write:
 class _Read:
     done: Future[list[TierError | None]]
     pages: list[Page]
-    into: list[Tensor]
+    into: list[np.ndarray]
     """Where each is read to: its row, or memory of its own."""
 
 
@@ -95,8 +95,8 @@ class Paging:
         """Slots of the disk in use."""
         return self._disk.segments.used if self._disk else 0
 
-    def add(self, key: PageKey, tokens: int, record: Tensor) -> bool:
-        """Keep a copy of a new page, uint8 [row bytes]; False: neither memory nor the disk has room left.
+    def reserve(self) -> int | None:
+        """A row for a new page, to be filled and then held or given back; None: neither memory nor the disk has room.
 
         Raises TierError for an earlier write that failed.
         """
@@ -108,11 +108,17 @@ class Paging:
             elif self._reads:
                 self._finish(self._reads[0])
             elif not self._start_writing():
-                return False
+                return None
             row = self._row()
-        self._dram.row(row).copy_(record)
+        return row
+
+    def row(self, row: int) -> np.ndarray:
+        """uint8 [row bytes], the memory of a row."""
+        return self._dram.row(row)
+
+    def hold(self, key: PageKey, tokens: int, row: int) -> None:
+        """The page that fills `row`."""
         self.pages[key] = self._dirty[key] = Page(key, tokens, row)
-        return True
 
     def forget(self, key: PageKey) -> None:
         """Hold the page no longer."""
@@ -161,16 +167,13 @@ class Paging:
         missing = [place for place, page in enumerate(pages) if not page.in_memory]
         self.count.dram_hits += len(present)
         self.count.misses += len(missing)
-        rows = [pages[place].row for place in present]
-        found = self._dram.read(rows, begin, end)  # type: ignore[arg-type]
+        out = self._dram.empty(len(pages), end - begin)
+        into = out.numpy()
         for place in present:
+            into[place] = self._dram.row(pages[place].row)[begin:end]  # type: ignore[arg-type]
             for order in (self._dirty, self._clean):
                 if keys[place] in order:
                     order.move_to_end(keys[place])
-        if not missing:
-            return found
-        out = self._dram.empty(len(pages), end - begin)
-        out[present] = found
         problem: TierError | None = None
         while missing:
             idle = [pages[place] for place in missing if pages[place].reading is None]
@@ -181,7 +184,7 @@ class Paging:
                 assert read is not None
                 for page, record, wrong in zip(read.pages, read.into, self._finish(read), strict=True):
                     if page in places and wrong is None:
-                        out[places[page]] = record[begin:end]
+                        into[places[page]] = record[begin:end]
                     elif page in places:
                         problem = problem or wrong
             missing = [place for place in missing if place not in set(places.values())]
@@ -273,13 +276,13 @@ class Paging:
         Returns how many: the first of those wanted.
         """
         pages: list[Page] = []
-        into: list[Tensor] = []
+        into: list[np.ndarray] = []
         for page in wanted:
             page.row = self._row()
             if page.row is not None:
                 into.append(self._dram.row(page.row))
             elif loose:
-                into.append(torch.empty(self._dram.row_bytes, dtype=torch.uint8))
+                into.append(np.empty(self._dram.row_bytes, dtype=np.uint8))
                 loose -= 1
             else:
                 break

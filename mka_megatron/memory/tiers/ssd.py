@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
+import numpy as np
 
 from mka_megatron.memory.tiers.channels import Channel
 from mka_megatron.memory.tiers.pages import PageKey, Seal, TierError
@@ -26,6 +26,7 @@ WRITERS = 2
 READERS = 8
 WRITE_BYTES = 8 << 20
 READ_BYTES = 2 << 20
+PART_PAGES = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -143,7 +144,7 @@ class Disk:
             channel, READERS, self.read_pages * record_bytes, "page-read"
         )
 
-    def write(self, records: list[Tensor], slots: list[Slot]) -> Future[None]:
+    def write(self, records: list[np.ndarray], slots: list[Slot]) -> Future[None]:
         """Write `records`, uint8 [record bytes] each, which must not change until the result is there.
 
         The result comes when the pages are known to be on the disk; raises OSError.
@@ -151,19 +152,31 @@ class Disk:
         return self._write_threads.submit(self._write, records, slots)
 
     def read(
-        self, keys: list[PageKey], slots: list[Slot], records: list[Tensor]
+        self, keys: list[PageKey], slots: list[Slot], records: list[np.ndarray]
     ) -> list[tuple[list[int], Future[list[TierError | None]]]]:
-        """Read the pages `keys` into `records`, uint8 [record bytes] each, in a few parts.
+        """Read the pages `keys` into `records`, uint8 [record bytes] each, in parts that streams share out.
 
         Returns:
             Per part which of the keys it reads, and its result to come: per page what is wrong with it, if anything.
         """
         longest = min(self.read_pages, -(-len(slots) // READERS))
-        parts = []
+        parts, part, size = [], list[Run](), 0
         for run in self.segments.runs(slots, longest):
-            into = [(keys[place], records[place]) for place in run.places]
-            parts.append((run.places, self._read_threads.submit(self._read, run, into)))
-        return parts
+            if part and size + len(run.places) > min(longest, PART_PAGES):
+                parts.append(part)
+                part, size = [], 0
+            part.append(run)
+            size += len(run.places)
+        parts += [part] if part else []
+        return [self._begin(part, keys, records) for part in parts]
+
+    def _begin(
+        self, part: list[Run], keys: list[PageKey], records: list[np.ndarray]
+    ) -> tuple[list[int], Future[list[TierError | None]]]:
+        into = [[(keys[place], records[place]) for place in run.places] for run in part]
+        return [place for run in part for place in run.places], self._read_threads.submit(
+            self._read, part, into
+        )
 
     def close(self) -> None:
         """Wait for what is under way and end the threads."""
@@ -173,13 +186,13 @@ class Disk:
             while not channels.empty():
                 channels.get().close()
 
-    def _write(self, records: list[Tensor], slots: list[Slot]) -> None:
+    def _write(self, records: list[np.ndarray], slots: list[Slot]) -> None:
         channel = self._writing.get()
         try:
+            rows = channel.buffer.numpy().reshape(-1, self._record_bytes)
             for run in self.segments.runs(slots, self.write_pages):
-                rows = channel.buffer.view(-1, self._record_bytes)
                 for row, place in enumerate(run.places):
-                    rows[row].copy_(records[place])
+                    rows[row] = records[place]
                 path = self.segments.path(run.segment)
                 offset, count = run.first * self._record_bytes, len(run.places) * self._record_bytes
                 if path.stat().st_size < offset + count:
@@ -188,32 +201,40 @@ class Disk:
         finally:
             self._writing.put(channel)
 
-    def _read(self, run: Run, into: list[tuple[PageKey, Tensor]]) -> list[TierError | None]:
+    def _read(self, part: list[Run], into: list[list[tuple[PageKey, np.ndarray]]]) -> list[TierError | None]:
+        channel = self._reading.get()
+        try:
+            return [
+                each
+                for run, pages in zip(part, into, strict=True)
+                for each in self._read_run(channel, run, pages)
+            ]
+        finally:
+            self._reading.put(channel)
+
+    def _read_run(
+        self, channel: Channel, run: Run, into: list[tuple[PageKey, np.ndarray]]
+    ) -> list[TierError | None]:
         path = self.segments.path(run.segment)
         offset = run.first * self._record_bytes
-        channel = self._reading.get()
         try:
             # DeepSpeed aborts the process at the end of a file
             there = (path.stat().st_size - offset) // self._record_bytes
             whole = max(0, min(there, len(into)))
             if whole:
                 channel.read(path, offset, whole * self._record_bytes)
-            rows = channel.buffer.view(-1, self._record_bytes)
-            found = []
-            for index, (key, record) in enumerate(into):
-                problem = (
-                    "ends before it" if index >= whole else self._seal.problem(rows[index].numpy().data, key)
-                )
-                found.append(None if problem is None else _broken(key, path, problem))
-                if problem is None:
-                    record.copy_(rows[index])
-            return found
         except FileNotFoundError:
             return [_broken(key, path, "is missing") for key, _ in into]
         except OSError as error:
             return [_broken(key, path, f"cannot be read ({error})") for key, _ in into]
-        finally:
-            self._reading.put(channel)
+        rows = channel.buffer.numpy().reshape(-1, self._record_bytes)
+        found = []
+        for index, (key, record) in enumerate(into):
+            problem = "ends before it" if index >= whole else self._seal.problem(rows[index].data, key)
+            found.append(None if problem is None else _broken(key, path, problem))
+            if problem is None:
+                record[:] = rows[index]
+        return found
 
 
 def _broken(key: PageKey, path: Path, problem: str) -> TierError:

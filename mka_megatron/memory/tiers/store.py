@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields as fields_of
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mka_megatron.memory.tiers.dram import Pool
-from mka_megatron.memory.tiers.pages import PageKey, PageShape, Seal, TierError, pack, unpack
+from mka_megatron.memory.tiers.pages import PageKey, PageShape, Seal, TierError, as_bytes, unpack
 from mka_megatron.memory.tiers.paging import Paging
 from mka_megatron.memory.tiers.ssd import Disk
 from mka_megatron.memory.tiers.statistics import TierStatistics
@@ -81,25 +82,35 @@ class TierStore:
             The pages forgotten for them.
 
         Raises:
-            ValueError: a key is held or given twice.
+            ValueError: a key is held or given twice, or a tensor has another shape or type.
             TierError: there is no room, or the disk fails. Then none of these pages is held, and no page is
                 damaged; under "evict" some may have been forgotten.
         """
         if len(set(keys)) < len(keys) or any(map(self.holds, keys)):
             twice = next(key for place, key in enumerate(keys) if self.holds(key) or key in keys[:place])
             raise ValueError(f"the {twice} is put twice: pages never change.")
+        values = {"k": k, "v": v, "mean_k": mean_k, "mean_v": mean_v}
+        fields = as_bytes(self.shape, values if signature is None else values | {"signature": signature})
+        if any(len(value) != len(keys) for value in (lengths, *(value for _, _, value in fields))):
+            raise ValueError(f"{len(keys)} keys need as many rows of every tensor.")
         self._paging.settle()
         forgotten = self._make_room(len(keys))
-        fresh = pack(self.shape, self._row_bytes, k=k, v=v, mean_k=mean_k, mean_v=mean_v, signature=signature)
         stored: list[PageKey] = []
         try:
-            for record, key, tokens in zip(fresh, keys, lengths.tolist(), strict=True):
-                if self._sealed:
-                    self._seal.close(record.numpy().data, key, tokens)
-                while not self._paging.add(key, tokens, record):
+            for place, (key, tokens) in enumerate(zip(keys, lengths.tolist(), strict=True)):
+                row = self._paging.reserve()
+                while row is None:
                     if not self._evicts or len(self._paging.pages) == len(stored):
                         raise self._no_room()
                     forgotten.append(self._forget_oldest())
+                    row = self._paging.reserve()
+                record = self._paging.row(row)
+                for begin, end, value in fields:
+                    record[begin:end] = value[place]
+                if self._sealed:
+                    record[self.shape.used_bytes :] = 0
+                    self._seal.close(record.data, key, tokens)
+                self._paging.hold(key, tokens, row)
                 self._sequences.setdefault(key.sequence, {})[key] = None
                 stored.append(key)
             self._paging.write_behind()
@@ -141,7 +152,7 @@ class TierStore:
         if hot and self._hot is not None:
             read, found = found, torch.empty(len(unique), end - begin, dtype=torch.uint8, device=self._device)
             found[cold] = read
-            found[hot] = self._hot.read([self._hot_rows[unique[place]] for place in hot], 0, end - begin)
+            found[hot] = self._hot.read([self._hot_rows[unique[place]] for place in hot])
             for place in hot:
                 self._hot_rows.move_to_end(unique[place])
             self._paging.count.hbm_hits += len(hot)
@@ -190,7 +201,7 @@ class TierStore:
 
     def reset_statistics(self) -> None:
         """Count from zero."""
-        for each in fields(TierStatistics):
+        for each in fields_of(TierStatistics):
             setattr(self._paging.count, each.name, each.default)
 
     def close(self) -> None:

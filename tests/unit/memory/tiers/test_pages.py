@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mka_megatron.memory.tiers.pages import PageKey, PageShape, Seal, pack, unpack
+from mka_megatron.memory.tiers.pages import PageKey, PageShape, Seal, as_bytes, unpack
 
 SHAPE = PageShape(chunk_size=3, head_dim=5, dtype=torch.bfloat16, signature_words=1)
 KEY = PageKey(generation=4, sequence=2**40, layer=31, head=7, chunk=2**33)
 SEAL = Seal(SHAPE, "run", 3)
+
+
+def pack(shape: PageShape, record_bytes: int, **values: torch.Tensor) -> torch.Tensor:
+    records = torch.zeros(len(values["k"]), record_bytes, dtype=torch.uint8)
+    for begin, end, value in as_bytes(shape, values):
+        records[:, begin:end] = torch.from_numpy(value)
+    return records
 
 
 def sealed(seal: Seal = SEAL, key: PageKey = KEY) -> torch.Tensor:
@@ -93,3 +100,9 @@ def test_padding_is_a_small_part(size: int, head_dim: int, dtype: torch.dtype) -
     shape = PageShape(size, head_dim, dtype, 1)
     payload = 2 * size * head_dim * dtype.itemsize
     assert shape.record_bytes(4096) == payload + 4096
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 4).bfloat16(), torch.zeros(2, 3, 5)])
+def test_another_shape_or_type_is_refused(wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"k is .* give torch.bfloat16, \[P, 3, 5\]"):
+        as_bytes(SHAPE, {"k": wrong})
