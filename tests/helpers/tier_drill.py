@@ -85,7 +85,6 @@ class Drill:
 
         with mock.patch.object(channels, "factory", factory):
             self.pages: TierStore = store(directory, ROWS, SLOTS, when_full=when_full, backend=backend)
-        self.folder = next(directory.glob("mka-pages-*-*"))
         self.given: dict[PageKey, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self.sequence = 0
 
@@ -148,9 +147,9 @@ class Drill:
         if not there:
             return None
         page = self.dice.choice(alone or there)
-        assert page.slot is not None
-        path = self.folder / f"segment-{page.slot.segment:05d}.pages"
-        return page.key, path, page.slot.number * RECORD
+        disk = self.pages._paging._disk
+        assert page.slot is not None and disk is not None
+        return page.key, *disk.segments.place(page.slot)
 
     def _compare(self, keys: list[PageKey]) -> None:
         k, v, lengths = self.pages.get(keys)

@@ -22,7 +22,7 @@ from mka_megatron.memory.tiers.ssd import Disk, Slot
 from mka_megatron.memory.tiers.statistics import TierStatistics
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Page:
     """Where a page is."""
 
@@ -43,14 +43,14 @@ class Page:
         return self.row is not None and self.reading is None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Write:
     done: Future[None]
     pages: list[Page]
     slots: list[Slot]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Read:
     done: Future[list[TierError | None]]
     pages: list[Page]

@@ -30,11 +30,10 @@ PART_PAGES = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Slot(NamedTuple):
-    """A page's place on the disk."""
-
-    segment: int
-    number: int
+Slot = int
+"""A page's place on the disk: its segment times _STRIDE, plus its number in the segment. (There are many, and the
+garbage collector does not follow integers.)"""
+_STRIDE = 1 << 32
 
 
 class Run(NamedTuple):
@@ -66,6 +65,11 @@ class Segments:
         """Slots that hold a page or are about to."""
         return self.slots - len(self._free)
 
+    def place(self, slot: Slot) -> tuple[Path, int]:
+        """A slot's file, and the byte that it begins at."""
+        segment, number = divmod(slot, _STRIDE)
+        return self.path(segment), number * self._record_bytes
+
     def path(self, segment: int) -> Path:
         """A segment's file."""
         return self._folder / f"segment-{segment:05d}.pages"
@@ -85,7 +89,7 @@ class Segments:
         """`slots` as runs of at most `longest`."""
         run: Run | None = None
         for place in sorted(range(len(slots)), key=slots.__getitem__):
-            segment, number = slots[place]
+            segment, number = divmod(slots[place], _STRIDE)
             joins = run and run.segment == segment and run.first + len(run.places) == number
             if run and joins and len(run.places) < longest:
                 run.places.append(place)
@@ -113,7 +117,8 @@ class Segments:
                 continue
             finally:
                 os.close(file)
-            self.release([Slot(len(self._sizes), number) for number in range(slots)])
+            first = len(self._sizes) * _STRIDE
+            self.release(list(range(first, first + slots)))
             self._sizes.append(slots)
             return True
         return False

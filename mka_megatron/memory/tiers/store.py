@@ -91,7 +91,7 @@ class TierStore:
             raise ValueError(f"the {twice} is put twice: pages never change.")
         values = {"k": k, "v": v, "mean_k": mean_k, "mean_v": mean_v}
         fields = as_bytes(self.shape, values if signature is None else values | {"signature": signature})
-        if any(len(value) != len(keys) for value in (lengths, *(value for _, _, value in fields))):
+        if {len(keys)} != {len(lengths), *(len(value) for _, _, value in fields)}:
             raise ValueError(f"{len(keys)} keys need as many rows of every tensor.")
         self._paging.settle()
         forgotten = self._make_room(len(keys))

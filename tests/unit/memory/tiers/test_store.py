@@ -336,7 +336,7 @@ def on_disk_alone(pages: TierStore, given_keys: list[PageKey]) -> tuple[PageKey,
     for key in given_keys:
         page = pages._paging.pages[key]
         if page.row is None and page.slot is not None:
-            return key, pages._paging._disk.segments.path(page.slot.segment), page.slot.number * RECORD
+            return key, *pages._paging._disk.segments.place(page.slot)
     raise AssertionError("every page is in memory")
 
 
