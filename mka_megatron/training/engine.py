@@ -288,7 +288,7 @@ def _check_host(config: Config, topology: Topology) -> None:
         raise ConfigError("training.precision is fp16: this device does not support it, use bf16 or fp32.")
     if config.training.precision == "bf16" and not accelerator.is_bf16_supported():
         raise ConfigError("training.precision is bf16: this device does not support it, use fp16 or fp32.")
-    ops.check(config.engine, topology.device.type == "cuda")
+    ops.check(config.engine, topology.device.type == "cuda", config.memory_hierarchy.l3.placement == "ssd")
 
 
 def _make_deterministic() -> None:

@@ -19,21 +19,24 @@ from mka_megatron.config.schema import EngineConfig
 _LONGEST_BUILD_SECONDS = 1200.0
 
 
-def names(engine: EngineConfig, on_cuda: bool) -> tuple[str, ...]:
-    """Ops that this configuration uses."""
-    swaps = "nvme" in (engine.offload_optimizer, engine.offload_param)
+def names(engine: EngineConfig, on_cuda: bool, pages_on_ssd: bool = False) -> tuple[str, ...]:
+    """Ops that this configuration uses; async_io loads pin_memory before itself."""
+    swaps = _swaps(engine) or pages_on_ssd
     fused = on_cuda and engine.offload_optimizer == "none"
-    return ("async_io",) * swaps + ("fused_adam",) * fused
+    return ("pin_memory", "async_io") * swaps + ("fused_adam",) * fused
 
 
-def check(engine: EngineConfig, on_cuda: bool) -> None:
+def check(engine: EngineConfig, on_cuda: bool, pages_on_ssd: bool = False) -> None:
     """Refuse what would hang or fail later.
+
+    Args:
+        pages_on_ssd: L3's pages may go to an SSD, for which plain reads and writes serve where libaio is missing.
 
     Raises:
         ConfigError: NVMe offload without libaio, or a lock that a killed build left behind.
     """
-    for name in names(engine, on_cuda):
-        if name == "async_io" and not _builder(name).is_compatible(verbose=False):
+    for name in names(engine, on_cuda, pages_on_ssd):
+        if name == "async_io" and _swaps(engine) and not _builder(name).is_compatible(verbose=False):
             raise ConfigError(
                 "engine.offload_optimizer or engine.offload_param is nvme, but libaio's header is missing: install "
                 "libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), or offload to cpu."
@@ -41,6 +44,10 @@ def check(engine: EngineConfig, on_cuda: bool) -> None:
         lock = stale_lock(name)
         if lock is not None:
             raise ConfigError(f"a build of DeepSpeed's {name} was killed and left {lock}: remove that file.")
+
+
+def _swaps(engine: EngineConfig) -> bool:
+    return "nvme" in (engine.offload_optimizer, engine.offload_param)
 
 
 def stale_lock(name: str) -> Path | None:
@@ -69,11 +76,13 @@ def build(name: str) -> str:
 
 def _builder(name: str) -> Any:
     from deepspeed.ops.op_builder import AsyncIOBuilder, FusedAdamBuilder
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
-    return {"async_io": AsyncIOBuilder, "fused_adam": FusedAdamBuilder}[name]()
+    builders = {"async_io": AsyncIOBuilder, "fused_adam": FusedAdamBuilder, "pin_memory": PinMemoryBuilder}
+    return builders[name]()
 
 
 if __name__ == "__main__":
-    for each in ("async_io", "fused_adam") if torch.cuda.is_available() else ("async_io",):
+    for each in ("pin_memory", "async_io") + ("fused_adam",) * torch.cuda.is_available():
         print(f"{each}: {build(each)}", flush=True)
     sys.exit(0)

@@ -21,12 +21,22 @@ NVME = EngineConfig(zero_stage=3, offload_optimizer="nvme", nvme_path="/fast")
         (EngineConfig(), False, ()),
         (EngineConfig(), True, ("fused_adam",)),
         (EngineConfig(offload_optimizer="cpu"), True, ()),
-        (NVME, True, ("async_io",)),
-        (EngineConfig(zero_stage=3, offload_param="nvme"), False, ("async_io",)),
+        (NVME, True, ("pin_memory", "async_io")),
+        (EngineConfig(zero_stage=3, offload_param="nvme"), False, ("pin_memory", "async_io")),
     ],
 )
 def test_names(engine: EngineConfig, on_cuda: bool, expected: tuple[str, ...]) -> None:
     assert ops.names(engine, on_cuda) == expected
+
+
+def test_pages_on_an_ssd_need_async_io_but_go_without(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.names(EngineConfig(), False, pages_on_ssd=True) == ("pin_memory", "async_io")
+    monkeypatch.setattr(ops, "_builder", lambda name: Builder(False))
+    ops.check(EngineConfig(), on_cuda=False, pages_on_ssd=True)
+    hour_ago = time.time() - 3600
+    os.utime(lock, (hour_ago, hour_ago))
+    with pytest.raises(ConfigError, match=f"left {lock}"):
+        ops.check(EngineConfig(), on_cuda=False, pages_on_ssd=True)
 
 
 @pytest.fixture
