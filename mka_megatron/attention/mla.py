@@ -11,6 +11,7 @@ from torch import Tensor
 from mka_megatron.attention.grouped import causal_attention
 from mka_megatron.attention.rope import apply_rope
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.view import NO_MEMORY, View
 
 
 def latent_attention(
@@ -23,6 +24,7 @@ def latent_attention(
     *,
     nope: int,
     scale: float,
+    view: View = NO_MEMORY.view,
 ) -> Tensor:
     """Causal attention with decoupled rotary channels, whose key all heads share (eq. 14-18 there).
 
@@ -33,6 +35,7 @@ def latent_attention(
         cos, sin: [B, S, r] fp32.
         nope: n.
         scale: factor on the scores, 1/sqrt(n + r) in the paper.
+        view: of the slots before those at hand, on other ranks.
 
     Returns:
         [B, S, H, e], dtype of q.
@@ -43,4 +46,4 @@ def latent_attention(
     shared = apply_rope(k_rope[:, :, None], cos, sin).expand(-1, -1, q.shape[2], -1)
     queries = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
     keys = torch.cat((k_nope, shared), dim=-1)
-    return causal_attention(queries, keys, v, documents, scale)
+    return causal_attention(queries, keys, v, documents, scale, view)

@@ -298,9 +298,6 @@ def _check_parallel(config: Config) -> None:
 def _check_context(config: Config) -> None:
     """Rows that context-parallel ranks share."""
     ranks, attention, l2 = config.parallel.context_parallel, config.attention, config.memory_hierarchy.l2
-    if attention.variant == "mla":
-        raise refuse("parallel.context_parallel", ranks, "latent attention is not shared over ranks; set it to 1, or use "
-                     "another attention.variant")
     if attention.mixture == "score":
         raise refuse("parallel.context_parallel", ranks,
                      "attention.mixture score is not shared over ranks; set it to 1, or use mixture output")

@@ -37,6 +37,7 @@ class LatentSelfAttention(MegatronModule):
         super().__init__(config=config)
         mla, heads = run.attention.mla, config.num_attention_heads
         self.mla = mla
+        self.layer = layer_number - 1
         self.tp_group = pg_collection.tp
         self.heads = heads // self.tp_group.size()
         self.query_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
@@ -85,10 +86,13 @@ class LatentSelfAttention(MegatronModule):
         else:
             k_rope = copy_to_region(k_rope, self.tp_group)
 
+        view = packed_seq_params.history.view(self.layer)
+
         def attend(q_SBHd: Tensor, kv_SBHd: Tensor, k_rope_SBr: Tensor) -> Tensor:
             return latent_attention(
                 q_SBHd.transpose(0, 1), kv_SBHd.transpose(0, 1), k_rope_SBr.transpose(0, 1), packed_seq_params.cos,
                 packed_seq_params.sin, packed_seq_params.documents, nope=mla.qk_nope_head_dim, scale=self.query_dim**-0.5,
+                view=view,
             )
 
         arguments = (q.unflatten(-1, (self.heads, -1)), kv.unflatten(-1, (self.heads, -1)), k_rope)

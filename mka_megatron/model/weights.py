@@ -154,7 +154,7 @@ def load_hf_weights(model: nn.Module, config: Config, topology: Topology) -> Non
             values = _read(name, parameter, directory, config, topology, used)
             if values is None:
                 continue
-            with _writable(parameter, topology.dp_group), torch.no_grad():
+            with _writable(parameter, topology.dp_cp_group), torch.no_grad():
                 parameter.copy_(values)
         tied = {"lm_head.weight"} if config.model.tie_embeddings else set()
         unknown = sorted(n for n in directory.file_of if n not in used | tied and not _IGNORED.search(n))
@@ -234,10 +234,10 @@ def _checked(values: Tensor, shape: tuple[int, ...], source: str, directory: HFD
     return values
 
 
-def _writable(parameter: nn.Parameter, dp_group: dist.ProcessGroup) -> AbstractContextManager:
+def _writable(parameter: nn.Parameter, replicas: dist.ProcessGroup) -> AbstractContextManager:
     """Gather a ZeRO-3 parameter for writing; the first rank of the replica group is the one that is kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters([parameter], modifier_rank=dist.get_process_group_ranks(dp_group)[0])
+    return GatheredParameters([parameter], modifier_rank=dist.get_process_group_ranks(replicas)[0])

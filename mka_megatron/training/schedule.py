@@ -17,7 +17,7 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
     peak, floor = training.learning_rate, training.min_learning_rate
     done = step + 1
     if done <= training.warmup_steps:
-        return peak * done / training.warmup_steps
+        return peak * (done / training.warmup_steps)
     if training.schedule == "constant":
         return peak
     if training.schedule == "wsd":

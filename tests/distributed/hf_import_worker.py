@@ -31,8 +31,15 @@ def main(directories: dict[str, str], out: str, overrides: list[str]) -> None:
         model = build_model(config, topology, config.model.vocab_size, construction_context(config, topology))
         engine = Engine(config, model, topology)
         model.eval()
+        ranks, slots = topology.cp_size, TOKENS.shape[1] // topology.cp_size
+        rows = Documents.unpacked(*TOKENS.shape)
+        if ranks > 1:
+            rows = rows.part(topology.cp_rank * slots, (topology.cp_rank + 1) * slots)
         with torch.no_grad():
-            logits[name] = engine.deepspeed(TOKENS, Documents.unpacked(*TOKENS.shape)).contiguous()
+            shard = engine.deepspeed(TOKENS[:, rows.begin : rows.begin + slots], rows).contiguous()
+        shards = [torch.empty_like(shard) for _ in range(ranks)]
+        torch.distributed.all_gather(shards, shard, group=topology.cp_group)
+        logits[name] = torch.cat(shards, dim=1)
         engine.close()
     if topology.rank == 0:
         save_file(logits, out)

@@ -23,6 +23,7 @@ BLOCK = ["attention.variant=blockmka", "memory_hierarchy.l1.window=16"]
 CASES = {
     "gqa": ["attention.variant=gqa", "model.qk_norm=true"],
     "mqa": ["attention.variant=mqa"],
+    "mla": ["attention.variant=mla"],
     "mka output": ["attention.variant=mka", *L3],
     "fastmka": ["memory_hierarchy.l2.decay=head"],
     "fastmka, L3": L3,

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint gives the same logits at every tensor-parallel size and under ZeRO-3."""
+"""A Hugging Face checkpoint gives the same logits at every tensor-parallel size, under ZeRO-3 and with shared rows."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ LAYOUTS = {
     "tp4-sp": (4, ["parallel.tensor_parallel=4", "parallel.sequence_parallel=true"]),
     "tp8-two-ranks-per-kv-head": (8, ["parallel.tensor_parallel=8"]),
     "zero3-dp2": (2, ["engine.zero_stage=3", "training.global_batch_size=16"]),
+    "zero3-cp2": (2, ["engine.zero_stage=3", "parallel.context_parallel=2"]),
     "zero3-tp2-dp2": (4, ["engine.zero_stage=3", "training.global_batch_size=16", "parallel.tensor_parallel=2"]),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers.optimization import (
     get_constant_schedule_with_warmup,
@@ -66,6 +66,7 @@ def test_the_first_step_learns_and_the_last_warm_up_step_has_the_peak() -> None:
     st.sampled_from(["cosine", "constant", "wsd"]), st.integers(0, 60), st.integers(1, 50), st.integers(0, 80),
     st.integers(0, 200),
 )
+@example("constant", 24, 1, 0, 23)  # peak * 24 / 24 is above the peak
 def test_stays_within_bounds_and_never_rises_after_warm_up(
     schedule: str, warmup: int, steps: int, decay: int, step: int
 ) -> None:
