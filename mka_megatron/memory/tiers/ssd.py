@@ -53,6 +53,7 @@ class Segments:
         self._folder = folder
         self._record_bytes = record_bytes
         self._sizes: list[int] = []
+        self._paths: list[Path] = []
         self._free: list[Slot] = []
 
     @property
@@ -72,7 +73,7 @@ class Segments:
 
     def path(self, segment: int) -> Path:
         """A segment's file."""
-        return self._folder / f"segment-{segment:05d}.pages"
+        return self._paths[segment]
 
     def allocate(self, count: int) -> list[Slot]:
         """Up to `count` slots, fewer when the disk or the limit is reached. Raises OSError."""
@@ -104,7 +105,7 @@ class Segments:
         slots = max(1, SEGMENT_BYTES // self._record_bytes)
         if self.limit is not None:
             slots = min(slots, self.limit - self.slots)
-        path = self.path(len(self._sizes))
+        path = self._folder / f"segment-{len(self._sizes):05d}.pages"
         while slots > 0:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
@@ -120,6 +121,7 @@ class Segments:
             first = len(self._sizes) * _STRIDE
             self.release(list(range(first, first + slots)))
             self._sizes.append(slots)
+            self._paths.append(path)
             return True
         return False
 
