@@ -139,12 +139,10 @@ def write_data(config: Config, tokenizer: Tokenizer, count: int, directory: Path
     tasks = [Passkey(tokens, length) for length in lengths]
     sources = []
     for stage, (first, last) in enumerate(bounds(len(lengths), config.training.steps)):
-        # as many tokens of every length so far
-        shares = [1 / length for length in lengths[: stage + 1]]
         slots = (last - first) * config.training.global_batch_size * row
         prompts: list[Trial] = []
         while slots > 0 or not prompts:
-            prompts.append(rng.choices(tasks[: stage + 1], shares)[0].trial(rng))
+            prompts.append(rng.choice(tasks[: stage + 1]).trial(rng))
             slots -= tokens(prompts[-1].prompt) + 2 * chunk
         sources.append(directory / f"stage-{stage}.jsonl")
         write(sources[-1], prompts)
