@@ -3,8 +3,8 @@
     python tools/passkey.py [--trials 200] [--json out.json] [configs/run/passkey.yaml key=value ...]
 
 Prompts grow from stage to stage up to the row's length. The model then answers fresh trials with the key at least
-four windows back: with L3, with the same weights and L3 hidden, with exact selection instead of the hash; and so does
-a model trained alike without L3. A trial counts where every token of the answer and its end is the model's first
+four windows back: with L3; with the same weights and shorter codes, exact selection or L3 hidden; and so does a model
+trained alike without L3. A trial counts where every token of the answer and its end is the model's first
 choice given the ones before, which is when greedy decoding gives the key. A finished training is not repeated.
 """
 
@@ -36,6 +36,7 @@ from mka_megatron.evaluation.passkey import FILLER, LINE, QUESTION, TASK, Passke
 from mka_megatron.evaluation.recall import LayerInputs, hash_recall
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.hashing import planes
 from mka_megatron.model.build import build_model
 from mka_megatron.model.core_attention import VariantCore
 from mka_megatron.model.gpt import GPT
@@ -51,6 +52,8 @@ LAST_STAGE = 0.4
 """Share of the steps at the full length; the stages before it are equally long."""
 WINDOWS_BACK = 4
 RECALLED, CANDIDATES = 8, 64
+OTHER_BITS = (64, 128, 256)
+"""Code lengths that the trained model is tried with beside its own."""
 CODES = ((64, 1), (128, 1), (256, 1), (512, 1), (64, 2), (64, 4), (128, 4))
 """(bits, tables) of the recall table."""
 
@@ -94,6 +97,9 @@ def measure(config: Config, count: int, topology: Topology) -> dict:
     model, figures["training_core_seconds"]["with L3"] = trained(config, stages, topology, output / "with-l3")
     figures["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     book("with L3", model)
+    for bits in OTHER_BITS:
+        with recall_by(model, dataclasses.replace(l3, hash_bits=bits)):
+            book(f"with L3, {bits}-bit codes", model)
     with recall_by(model, dataclasses.replace(l3, selection="exact")):
         book("with L3, exact selection", model)
     with recall_by(model, None):
@@ -241,13 +247,15 @@ def with_l3(config: Config, l3: L3Config) -> Config:
 def recall_by(model: GPT, l3: L3Config | None) -> Iterator[None]:
     """The same weights with another selection; None: L3 holds nothing, so that the gate masks it."""
     cores = [module for module in model.modules() if isinstance(module, VariantCore)]
-    before = [(core.config, core.recalls) for core in cores]
+    before = [(core.config, core.recalls, core.planes) for core in cores]
     for core in cores:
         core.recalls = l3 is not None
-        core.config = core.config if l3 is None else with_l3(core.config, l3)
+        if l3 is not None:
+            core.config = with_l3(core.config, l3)
+            core.planes = planes(l3.hash_seed, l3.hash_tables, l3.hash_bits, core.config.model.head_dim)
     yield
-    for core, (config, recalls) in zip(cores, before, strict=True):
-        core.config, core.recalls = config, recalls
+    for core, kept in zip(cores, before, strict=True):
+        core.config, core.recalls, core.planes = kept
 
 
 # --- recall of the hash

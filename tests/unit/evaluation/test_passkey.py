@@ -104,8 +104,9 @@ def test_the_tool_reports_what_it_says(topology, tmp_path: Path) -> None:
 
     config = load_config("configs/run/passkey.yaml", [*TINY, f"training.output_dir={tmp_path}"])
     figures = passkey.measure(config, 3, topology)
-    assert set(figures["accuracy"]) == {
-        "with L3", "with L3, exact selection", "the same weights, L3 hidden", "trained without L3"}  # fmt: skip
+    assert list(figures["accuracy"]) == [
+        "with L3", "with L3, 64-bit codes", "with L3, 128-bit codes", "with L3, 256-bit codes",
+        "with L3, exact selection", "the same weights, L3 hidden", "trained without L3"]  # fmt: skip
     assert all(sum(cell[1] for cell in row.values()) == 3 for row in figures["by_windows_back"].values())
     assert all(0 < value <= 1 for table in figures["recall"].values() for value in table.values())
     assert "| 64 bits x 1 |" in passkey.table(figures)
