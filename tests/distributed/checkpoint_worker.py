@@ -156,6 +156,7 @@ def damage(topology: Topology, folder: Path) -> dict:
     checkpoint.save(engine, folder, 5, {}, keep_last=1)
     newest()
     left = names(folder)
+    dist.barrier()  # rank 0's next save must not be in the other's listing
     # Going back: later steps are another history, which must not be resumed from.
     checkpoint.save(engine, folder, 3, {}, keep_last=2)
     back = names(folder)
