@@ -27,6 +27,205 @@ MKA_API const char* mka_source_hash(void);
 // What a cudaError_t means.
 MKA_API const char* mka_error_string(int code);
 
+// Recall (mka_megatron/ops/recall). B batch, S slots at hand, C chunk size, n chunks at hand, N chunks of the row,
+// H query heads, G KV heads, d channels, W words of a code, T tables of W / T words each, R recalled chunks.
+
+// Means of the keys and values of each chunk, and the sign codes of its summed keys. d is 64, 128 or 256, C 64 or 128.
+typedef struct {
+  const void* k;           // [B, S, G, d], 16-byte aligned
+  const void* v;           // [B, S, G, d] or null
+  const int64_t* lengths;  // [B, n] tokens at the head of each chunk
+  const int8_t* planes;    // [64 W, d] of +-1, 16-byte aligned; null: no codes
+  const void* centre;      // [G, d] that is taken from every key, or null
+  void* k_mean;            // [B, n, G, d] or null
+  void* v_mean;            // [B, n, G, d], null with v
+  int64_t* codes;          // [B, n, G, W], null with planes
+  int64_t dtype;           // of k, v and the means
+  int64_t centre_dtype;
+  int64_t batch, slots, chunks, groups, channels, size, words;
+} MkaRecallPoolArgs;
+MKA_API int mka_recall_pool(const MkaRecallPoolArgs* args, void* stream);
+
+// For each chunk the sum over the last min(16, counts) queries of its document before it, and its code.
+typedef struct {
+  const void* q;           // [B, S, H, d], 16-byte aligned
+  const double* before;    // [B, 16, G, d] sums over a group's heads of the last 16 tokens before slot 0, or null
+  const int64_t* lengths;  // [B, n] tokens at the head of each chunk
+  const int64_t* counts;   // [B, n] tokens of the chunk's document before the chunk
+  const int8_t* planes;    // [64 W, d] of +-1, 16-byte aligned; null: no codes
+  double* sums;            // [B, n, G, d] integers, multiples of 2^-16
+  int64_t* codes;          // [B, n, G, W], null with planes
+  int64_t dtype;           // of q
+  int64_t batch, slots, chunks, heads, groups, channels, size, words;
+} MkaRecallQueriesArgs;
+MKA_API int mka_recall_queries(const MkaRecallQueriesArgs* args, void* stream);
+
+// The R candidates nearest to each query chunk: of its document and at least `window` chunks back; ties by number.
+typedef struct {
+  const int64_t* queries;    // [B, count, G, W] codes of the chunks at hand
+  const int64_t* codes;      // [B, stored, G, W] of the row's first chunks
+  const int64_t* documents;  // [B, total] document of each chunk of the row, -1: empty
+  int64_t* found;            // [B, count, G, R] chunk numbers, ascending, then -1
+  int64_t batch, count, groups, words, tables, total, stored;
+  int64_t first;             // number of the first chunk at hand
+  int64_t window, recalled;
+} MkaRecallSelectArgs;
+MKA_API int mka_recall_select(const MkaRecallSelectArgs* args, void* stream);
+
+// The same, thread by thread on the CPU with tensors in host memory, and the plans alone: for tests.
+MKA_API int mka_host_recall_pool(const MkaRecallPoolArgs* args);
+MKA_API int mka_host_recall_queries(const MkaRecallQueriesArgs* args);
+MKA_API int mka_host_recall_select(const MkaRecallSelectArgs* args);
+MKA_API void mka_host_fixed_point(const float* x, int64_t* out, int64_t count);
+// (row, group, item) of `warp` of `block`, and how many blocks there are.
+MKA_API int64_t mka_plan_recall_task(
+    int64_t block, int64_t warp, int64_t batch, int64_t groups, int64_t count, int64_t* task);
+// Candidates of chunk `item` at hand are among the row's chunks [0, this).
+MKA_API int64_t mka_plan_recall_candidates(
+    int64_t first, int64_t item, int64_t window, int64_t stored, int64_t total);
+// Where the `back`-th last token before `chunk` lies: a slot, -k for the k-th last before slot 0, INT64_MIN for none.
+MKA_API int64_t mka_plan_recall_recent(
+    const int64_t* lengths, int64_t chunk, int64_t tokens_before, int64_t size, int64_t slots, int64_t back);
+
+// ---- route_fuse (contract: mka_megatron/ops/route_fuse)
+// One or two streams (keys, values) of [batch, sequence, groups, channels], alike in what is null. x, long_term, y and
+// their gradients have the dtype, everything else is fp32. `channels` is a multiple of 16 bytes' worth of elements,
+// large tensors are aligned to 16 bytes. `states` are the EMA's states in front of every chunk of
+// mka_plan_route_fuse's tokens, [batch, chunks, groups * channels], kept from the forward for the backward pass.
+typedef struct {
+  const void* x[2];
+  const void* long_term[2];  // L3; null: absent
+  const float* decay[2];     // L2, [groups, channels]; null: absent
+  const float* carry[2];     // [batch, groups, channels]; null: 0
+  const float* logits;       // [batch, sequence, routes, levels]
+  const float* beta;         // [1]
+  const uint8_t* slots;      // [batch, sequence], packed by ops/route_fuse/slots.py
+  void* y[2];                // forward
+  float* last[2];            // forward: [batch, groups, channels]
+  float* states[2];
+  const void* grad_y[2];     // backward, from here on
+  const float* grad_last[2]; // null: 0
+  void* grad_x[2];
+  void* grad_long_term[2];
+  float* grad_decay[2];
+  float* grad_carry[2];      // null: not wanted
+  float* grad_logits;
+  float* grad_beta;
+  void* workspace;           // of mka_route_fuse_workspace_bytes, aligned to 16 bytes, contents do not matter
+  int64_t batch, sequence, groups, channels, streams;
+  int64_t routes;            // 1 or groups
+  int64_t levels;            // 2 or 3, L1 included
+  int64_t mode;              // 0 soft, 1 fixed, 2 top1, 3 top2
+  int64_t dtype;
+} RouteFuseArgs;
+
+// {tokens of a chunk, chunks of a row, channels of a tile, tiles}
+MKA_API int mka_plan_route_fuse(const RouteFuseArgs* args, int64_t plan[4]);
+MKA_API int64_t mka_route_fuse_workspace_bytes(const RouteFuseArgs* args, int backward);
+MKA_API int mka_route_fuse_forward(const RouteFuseArgs* args, void* stream);
+MKA_API int mka_route_fuse_backward(const RouteFuseArgs* args, void* stream);
+// The same blocks and threads one after the other on the host, with pointers to host memory: for tests without a GPU.
+MKA_API int mka_host_route_fuse_forward(const RouteFuseArgs* args);
+MKA_API int mka_host_route_fuse_backward(const RouteFuseArgs* args);
+
+// Decode (mka_megatron/ops/decode). B sequences, P pages of C tokens, N chunks of a sequence, H query heads, G KV heads,
+// d channels, r rotated channels, W words of a code, T tables of W / T words each, R recalled chunks, Q = 16 queries.
+
+// The attention of each sequence's last token. d is 64, 128 or 256, H/G at most 16; bf16 or fp16.
+typedef struct {
+  const void* q;            // [B, H, d], 16-byte aligned, as k, v and the summaries
+  const float* bias;        // [B, 1 or G, 3] or null
+  const void* k;            // [P, C, d]
+  const void* v;            // [P, C, d]
+  const int32_t* table;     // [B, G, N] page, -1: none
+  const int32_t* lengths;   // [B, N]
+  const int32_t* chunk;     // [B] the open one, -1: idle
+  const void* summary_k;    // [B, G, N, d] or null
+  const void* summary_v;    // [B, G, N, d], null with summary_k
+  const int32_t* recalled;  // [B, G, R] or null
+  void* out;                // [B, H, d]
+  float* partial;           // [B, G, splits, H/G, d + 2]; may be null for one split
+  int32_t* arrived;         // [B, G], all 0 before a launch and after it; may be null for one split
+  int64_t batch, groups, heads, channels, size, chunks;
+  int64_t window;           // in chunks
+  int64_t recalled_chunks;  // R, 0 without
+  int64_t bias_groups;      // 1 or G
+  int64_t splits;           // as mka_plan_decode_splits gives it, at most 128
+  int64_t dtype;            // of q, k, v, the summaries and out
+  double scale;
+} MkaDecodeAttendArgs;
+MKA_API int mka_decode_attend(const MkaDecodeAttendArgs* args, void* stream);
+// The same, lane by lane on the CPU with tensors in host memory: for tests.
+MKA_API int mka_host_decode_attend(const MkaDecodeAttendArgs* args);
+// Tiles of a sequence whose open chunk is `own`.
+MKA_API int64_t mka_plan_decode_tiles(int64_t own, int64_t window, int64_t size, int64_t summarised, int64_t recalled);
+// (level, chunk, slot) of tile t, to `out`: a chunk of the window, the first of 16 summaries, a rank of the recalled.
+MKA_API void mka_plan_decode_tile(int64_t own, int64_t window, int64_t size, int64_t summarised, int64_t recalled,
+                                  int64_t t, int64_t* out);
+// First tile of a split.
+MKA_API int64_t mka_plan_decode_split(int64_t tiles, int64_t splits, int64_t split);
+// How many splits to use for B * G `pairs` of at most `tiles` tiles on a GPU of so many processors.
+MKA_API int64_t mka_plan_decode_splits(int64_t pairs, int64_t tiles, int64_t processors);
+
+// x + sum over levels l > 1 of share_l (level_l - x), for keys (and values); the states change in place.
+typedef struct {
+  const void* x[2];         // [B, G, d] raw keys and values; null: not fused
+  const void* long_term[2]; // [B, G, d] L3 or null
+  const float* decay[2];    // [G, d]
+  float* state[2];          // [B, G, d]
+  void* out[2];             // [B, G, d]
+  const float* shares;      // [B, share_groups, levels]
+  const int32_t* chunk;     // [B]
+  const int64_t* position;  // [B]
+  int64_t batch, groups, channels, share_groups, levels, dtype;
+} MkaDecodeFuseArgs;
+MKA_API int mka_decode_fuse(const MkaDecodeFuseArgs* args, void* stream);
+MKA_API int mka_host_decode_fuse(const MkaDecodeFuseArgs* args);
+
+// A token more in every open chunk.
+typedef struct {
+  const void* q;            // [B, H, d] before RoPE; read with code_sum
+  const void* key;          // [B, G, d] before RoPE
+  const void* rotated;      // [B, G, d] after it
+  const void* value;        // [B, G, d]
+  void* k;                  // [P, C, d]
+  void* v;                  // [P, C, d]
+  const int32_t* table;     // [B, G, N]
+  int32_t* lengths;         // [B, N]
+  const int32_t* chunk;     // [B]
+  int64_t* position;        // [B]
+  float* sum_k;             // [B, G, d] or null
+  float* sum_v;             // [B, G, d], null with sum_k
+  int64_t* code_sum;        // [B, G, d] or null
+  int64_t* queries;         // [B, 16, G, d], null with code_sum
+  int64_t batch, groups, heads, channels, size, chunks, dtype;
+} MkaDecodeAppendArgs;
+MKA_API int mka_decode_append(const MkaDecodeAppendArgs* args, void* stream);
+MKA_API int mka_host_decode_append(const MkaDecodeAppendArgs* args);
+
+// Closes full chunks, and those with a token where force is set. d is at most 256, 64 W planes at most 1024, R at most 256.
+typedef struct {
+  const float* cos;         // [B, r] at each last token
+  const float* sin;         // [B, r]
+  const uint8_t* force;     // [B] or null
+  const int8_t* planes;     // [64 W, d] of +-1, or null: no codes
+  const float* key_bias;    // [G, d] or null
+  const int32_t* lengths;   // [B, N]
+  int32_t* chunk;           // [B]
+  const int64_t* position;  // [B]
+  void* summary_k;          // [B, G, N, d] or null
+  void* summary_v;          // [B, G, N, d], null with summary_k
+  float* sum_k;             // [B, G, d], null with summary_k
+  float* sum_v;             // [B, G, d]
+  int64_t* codes;           // [B, G, N, W], null with planes
+  int32_t* recalled;        // [B, G, R]
+  int64_t* code_sum;        // [B, G, d]
+  const int64_t* queries;   // [B, 16, G, d]
+  int64_t batch, groups, channels, size, chunks, rotated, window, words, tables, recalled_chunks, dtype;
+} MkaDecodeCloseArgs;
+MKA_API int mka_decode_close(const MkaDecodeCloseArgs* args, void* stream);
+MKA_API int mka_host_decode_close(const MkaDecodeCloseArgs* args);
+
 #ifdef __cplusplus
 }
 #endif
