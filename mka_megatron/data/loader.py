@@ -24,7 +24,8 @@ from mka_megatron.data.packing import Packing, Row
 from mka_megatron.memory.documents import Documents
 
 _VALIDATION_SEED = 0  # the validation order is the same whatever training.seed is
-_PREFETCH = 4
+_PREFETCHED_STEPS = 4
+_PREFETCHED_SLOTS = 1 << 18  # of one rank: longer samples are prepared one step ahead
 
 T = TypeVar("T")
 
@@ -122,7 +123,8 @@ def train_batches(
             )
             first += global_batch_size
 
-    return Prefetcher(steps, _PREFETCH)
+    slots = count * micro_batch_size * data.sequence_length
+    return Prefetcher(steps, max(1, min(_PREFETCHED_STEPS, _PREFETCHED_SLOTS // slots)))
 
 
 @dataclass(frozen=True)
