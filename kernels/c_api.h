@@ -121,12 +121,16 @@ typedef struct {
 
 // {tokens of a chunk, chunks of a row, channels of a tile, tiles}
 MKA_API int mka_plan_route_fuse(const RouteFuseArgs* args, int64_t plan[4]);
+// {order in the scan, chunk, row, column, stream, head, first channel, first slot} of the `ticket`-th tile to be worked on
+MKA_API int mka_plan_route_fuse_tile(const RouteFuseArgs* args, int64_t ticket, int reverse, int64_t tile[8]);
 MKA_API int64_t mka_route_fuse_workspace_bytes(const RouteFuseArgs* args, int backward);
 MKA_API int mka_route_fuse_forward(const RouteFuseArgs* args, void* stream);
 MKA_API int mka_route_fuse_backward(const RouteFuseArgs* args, void* stream);
 // The same blocks and threads one after the other on the host, with pointers to host memory: for tests without a GPU.
 MKA_API int mka_host_route_fuse_forward(const RouteFuseArgs* args);
 MKA_API int mka_host_route_fuse_backward(const RouteFuseArgs* args);
+// {weights, gradient of the logits} of one route over three levels, of which `mask` has the available ones.
+MKA_API int mka_host_route(const float logits[3], int mask, int mode, const float grad[3], float result[6]);
 
 // Decode (mka_megatron/ops/decode). B sequences, P pages of C tokens, N chunks of a sequence, H query heads, G KV heads,
 // d channels, r rotated channels, W words of a code, T tables of W / T words each, R recalled chunks, Q = 16 queries.
@@ -169,11 +173,16 @@ MKA_API int64_t mka_plan_decode_splits(int64_t pairs, int64_t tiles, int64_t pro
 
 // x + sum over levels l > 1 of share_l (level_l - x), for keys (and values); the states change in place.
 typedef struct {
-  const void* x[2];         // [B, G, d] raw keys and values; null: not fused
-  const void* long_term[2]; // [B, G, d] L3 or null
-  const float* decay[2];    // [G, d]
-  float* state[2];          // [B, G, d]
-  void* out[2];             // [B, G, d]
+  const void* x_k;          // [B, G, d] raw keys; null: not fused
+  const void* x_v;          // [B, G, d] the same of values
+  const void* long_term_k;  // [B, G, d] L3 or null
+  const void* long_term_v;
+  const float* decay_k;     // [G, d]
+  const float* decay_v;
+  float* state_k;           // [B, G, d]
+  float* state_v;
+  void* out_k;              // [B, G, d]
+  void* out_v;
   const float* shares;      // [B, share_groups, levels]
   const int32_t* chunk;     // [B]
   const int64_t* position;  // [B]
