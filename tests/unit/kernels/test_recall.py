@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -19,44 +18,17 @@ from mka_megatron.memory.chunks import Chunks
 from mka_megatron.ops import recall
 from mka_megatron.ops.recall import cuda
 from tests.helpers.c_api import struct_fields
+from tests.helpers.host_kernels import register_recall
 from tests.helpers.numerics import assert_bitwise
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
-def host(library: ctypes.CDLL) -> Iterator[SimpleNamespace]:
-    """The three ops on CPU tensors, whose kernels' threads run one after the other."""
-
-    def call(entry: str, args: ctypes.Structure) -> None:
-        assert getattr(library, entry)(ctypes.byref(args)) == 0
-
-    @cuda._pool.register_kernel("cpu")
-    def _(k, v, lengths, size, planes, centre):
-        out = poisoned(*cuda.pool_out(k, v, lengths, planes))
-        call("mka_host_recall_pool", cuda.pool_args(k, v, lengths, size, planes, centre, out))
-        return out
-
-    @cuda._queries.register_kernel("cpu")
-    def _(q, before, lengths, counts, size, groups, planes):
-        out = poisoned(*cuda.queries_out(q, lengths, groups, planes))
-        args = cuda.queries_args(q, before, lengths, counts, size, groups, planes, out)
-        call("mka_host_recall_queries", args)
-        return out
-
-    @cuda._select.register_kernel("cpu")
-    def _(queries, codes, documents, first, window, tables, recalled):
-        (out,) = poisoned(queries.new_empty(*queries.shape[:3], recalled))
-        args = cuda.select_args(queries, codes, documents, first, window, tables, recalled, out)
-        call("mka_host_recall_select", args)
-        return out
-
-    yield SimpleNamespace(pool=cuda.pool, recent_codes=cuda.recent_codes, nearest_codes=cuda.nearest_codes)
-
-
-def poisoned(*out: Tensor) -> tuple[Tensor, ...]:
-    """Values that no result has."""
-    return tuple(x.fill_(math.nan if x.is_floating_point() else -77) for x in out)
+def host(library: ctypes.CDLL) -> SimpleNamespace:
+    """The three ops on CPU tensors."""
+    register_recall(library)
+    return SimpleNamespace(pool=cuda.pool, recent_codes=cuda.recent_codes, nearest_codes=cuda.nearest_codes)
 
 
 def table(lengths: Tensor, size: int) -> Chunks:

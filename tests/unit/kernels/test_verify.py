@@ -1,0 +1,114 @@
+"""kernels/verify.py, as far as a machine without a GPU can run it: the recall's section over the host's kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from mka_megatron.ops.recall import cuda
+from tests.helpers.host_kernels import register_recall
+from tests.unit.kernels.conftest import REPOSITORY
+
+KERNELS = REPOSITORY / "kernels"
+
+
+@pytest.fixture
+def verify(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module; the names it imports from its folder are gone afterwards."""
+    monkeypatch.syspath_prepend(KERNELS)
+    before = set(sys.modules)
+    yield importlib.import_module("verify")
+    own = {path.stem for path in KERNELS.glob("*.py")}
+    for name in own & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the script would run")
+def test_without_a_gpu_one_sentence() -> None:
+    run = subprocess.run([sys.executable, KERNELS / "verify.py"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1 and "no CUDA device" in run.stderr
+
+
+def test_every_section_has_its_parts(verify: ModuleType) -> None:
+    assert "recall" in verify.sections()
+    for name in verify.sections():
+        module = verify.section(name)
+        assert all(callable(getattr(module, part)) for part in ("checks", "launches", "benchmarks"))
+
+
+def test_the_recall_section_on_the_host(
+    verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_recall(library)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    record = verify.verify(["recall"], torch.device("cpu"), (1, 129), (129,), False)
+    found = record["ops"]["recall"]
+    assert [c["case"] for c in found["checks"] if not c["passed"]] == []
+    assert len(found["checks"]) == 2 * (1 + 18) + 3
+    assert len(found["timings"]) == 3 and all(t["ms"] > 0 for t in found["timings"])
+    assert verify.passed(record)
+    device = {"device": "host", "driver": "", "torch": torch.__version__}
+    text = verify.table({"device": device, **json.loads(json.dumps(record))})
+    assert "41 of 41 checks passed" in text and "pool K, V, codes" in text
+
+
+def test_a_wrong_kernel_fails(
+    verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_recall(library)
+    pool = cuda.pool
+
+    def wrong(*args: Any) -> tuple[torch.Tensor, ...]:
+        k_mean, v_mean, codes = pool(*args)
+        codes[0, 0, 0, 0] ^= 1
+        return k_mean, v_mean, codes
+
+    monkeypatch.setattr(cuda, "pool", wrong)
+    record = verify.verify(["recall"], torch.device("cpu"), (1,), (), False)
+    assert not verify.passed(record)
+    assert "FAILED S=1: error" in verify.table(
+        {"device": dict.fromkeys(("device", "driver", "torch"), ""), **record}
+    )
+
+
+def test_what_raises_is_a_failed_check(verify: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(*_: Any) -> None:
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(cuda, "pool", raising)
+    record = verify.verify(["recall"], torch.device("cpu"), (1,), (129,), False)
+    assert [c["case"] for c in record["ops"]["recall"]["checks"]] == [
+        "checks: RuntimeError: no such kernel",
+        "benchmark S=129: RuntimeError: no such kernel",
+    ]
+    assert not verify.passed(record)
+
+
+def test_checks_fail_on_what_is_not_finite_or_differs(verify: ModuleType) -> None:
+    common = sys.modules["verify_common"]
+    one = torch.tensor([1.0, 2.0])
+    assert not common.Check("", float("nan"), 1.0).passed
+    assert common.same_bits("", [one], [one]).passed
+    assert not common.same_bits("", [one], [one.double()]).passed
+    assert not common.same_bits("", [torch.tensor([0.0])], [torch.tensor([-0.0])]).passed
+    assert not common.as_accurate("", torch.tensor([float("nan"), 2.0]), one, one.double()).passed
+    assert common.as_accurate("", one, one, one.double()).passed
+    assert asdict(common.Check("a", 0.0, 0.0)) == {"case": "a", "error": 0.0, "bound": 0.0}
+
+
+def test_results_in_the_tree_belong_to_a_run(verify: ModuleType) -> None:
+    """A results file names its sources: what it says holds for these only where the hash is theirs."""
+    for path in (KERNELS / "results").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert len(record["source_hash"]) == 64 and record["ops"], path
