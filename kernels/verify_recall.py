@@ -3,6 +3,8 @@
 The layer is Qwen2.5-7B's: 28 query heads, 4 KV heads, 128 channels, chunks of 128 tokens, window 2048, 16 recalled.
 """
 
+# ruff: noqa: B023 (a lambda here is called before the loop goes on)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -161,17 +163,17 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
         inputs = Inputs.draw(clock.device, slots)
         k, v, q, planes = inputs.k, inputs.v, inputs.q, inputs.planes
         means_k, means_v, codes, sums, wanted, _ = inputs.kernels()
-        ms = clock.ms(lambda: cuda.pool(k, v, inputs.lengths, inputs.size, planes, inputs.centre))  # noqa: B023
+        ms = clock.ms(lambda: cuda.pool(k, v, inputs.lengths, inputs.size, planes, inputs.centre))
         moved = sum(x.nbytes for x in (k, v, means_k, means_v, codes))
         peers = {"eager": clock.ms(inputs.pooled)}
         if slots <= 32768:
             compiled = torch.compile(recall.chunk_sums, dynamic=False)
             peers["compiled sums of keys alone"] = clock.ms(
-                lambda: compiled(k, inputs.lengths, inputs.size, inputs.centre)  # noqa: B023
+                lambda: compiled(k, inputs.lengths, inputs.size, inputs.centre)
             )
         yield Timing("pool K, V, codes", slots, ms, moved, peers, clock.share(ms, moved))
         ms = clock.ms(
-            lambda: cuda.recent_codes(q, None, inputs.lengths, inputs.counts, inputs.size, GROUPS, planes)  # noqa: B023
+            lambda: cuda.recent_codes(q, None, inputs.lengths, inputs.counts, inputs.size, GROUPS, planes)
         )
         chunks = inputs.lengths.shape[1]
         moved = chunks * hashing.SELECTING_QUERIES * q[0, 0].nbytes + sums.nbytes + wanted.nbytes
@@ -183,7 +185,7 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
             {"eager": clock.ms(inputs.queried)},
             clock.share(ms, moved),
         )
-        ms = clock.ms(lambda: inputs.select(cuda.nearest_codes, wanted, codes))  # noqa: B023
-        peers = {"eager": clock.ms(lambda: inputs.select(recall.nearest_codes, wanted, codes))}  # noqa: B023
+        ms = clock.ms(lambda: inputs.select(cuda.nearest_codes, wanted, codes))
+        peers = {"eager": clock.ms(lambda: inputs.select(recall.nearest_codes, wanted, codes))}
         goal = "goal: all three within 3% of the block attention's forward"
         yield Timing("Hamming top 16", slots, ms, 0, peers, None, goal)

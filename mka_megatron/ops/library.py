@@ -45,7 +45,7 @@ def expected_hash(path: Path = PATH, sources: Path = SOURCES) -> str:
     Raises LibraryError when there is neither.
     """
     script = sources / "build.py"
-    if script.exists():
+    if script.exists() and (sources / "c_api.h").exists():  # in site-packages `kernels` is another project
         return build_script(script).source_hash(sources)
     record = path.with_suffix(".json")
     if not record.exists():
@@ -62,10 +62,9 @@ def load(path: Path = PATH, sources: Path = SOURCES) -> ctypes.CDLL:
         raise LibraryError(f"{path} is not there: run python kernels/build.py where nvcc is installed.")
     try:
         lib = ctypes.CDLL(str(path))
-    except OSError as error:
+        lib.mka_source_hash.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
         raise LibraryError(f"{path} does not load ({error}): run python kernels/build.py again.") from error
-    lib.mka_source_hash.restype = ctypes.c_char_p
-    lib.mka_error_string.restype = ctypes.c_char_p
     has, wants = lib.mka_source_hash().decode(), expected_hash(path, sources)
     if has != wants:
         raise LibraryError(
@@ -108,6 +107,7 @@ def run(entry: str, args: ctypes.Structure, device: torch.device) -> None:
         stream = torch.cuda.current_stream(device).cuda_stream
         code = getattr(lib, entry)(ctypes.byref(args), ctypes.c_void_p(stream))
     if code:
+        lib.mka_error_string.restype = ctypes.c_char_p
         raise LibraryError(f"{entry} failed: {lib.mka_error_string(code).decode()}.")
 
 

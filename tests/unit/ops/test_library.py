@@ -1,0 +1,85 @@
+"""The kernels' library as the package sees it: what is missing or of other sources is told in a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mka_megatron.config.errors import ConfigError
+from mka_megatron.ops import library
+from mka_megatron.ops.recall import dispatch
+
+BAKED = "a" * 64
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A library that says that its sources' hash is BAKED."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    source = tmp_path / "version.c"
+    source.write_text(f'const char* mka_source_hash(void) {{ return "{BAKED}"; }}')
+    at = tmp_path / "libmka.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", at, source], check=True)
+    return at
+
+
+def test_an_installation_compares_with_the_kept_hash(made: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "none"
+    with pytest.raises(
+        library.LibraryError, match=r"libmka\.json is not there: run python kernels/build\.py"
+    ):
+        library.load(made, nowhere)
+    made.with_suffix(".json").write_text(json.dumps({"source_hash": BAKED}))
+    assert library.load(made, nowhere).mka_source_hash() == BAKED.encode()
+    made.with_suffix(".json").write_text(json.dumps({"source_hash": "b" * 64}))
+    with pytest.raises(
+        library.LibraryError, match="was built from sources aaaaaaaaaaaa, these are bbbbbbbbbbbb"
+    ):
+        library.load(made, nowhere)
+
+
+def test_a_checkout_compares_with_its_sources(made: Path) -> None:
+    made.with_suffix(".json").write_text(json.dumps({"source_hash": BAKED}))
+    wants = library.expected_hash()
+    assert len(wants) == 64 and wants == library.build_script().source_hash()
+    with pytest.raises(
+        library.LibraryError, match=f"these are {wants[:12]}: run python kernels/build.py again"
+    ):
+        library.load(made)
+
+
+def test_a_library_that_is_missing_or_broken(tmp_path: Path) -> None:
+    with pytest.raises(library.LibraryError, match=r"is not there: run python kernels/build\.py where nvcc"):
+        library.load(tmp_path / "libmka.so")
+    (tmp_path / "libmka.so").write_bytes(b"no library")
+    with pytest.raises(library.LibraryError, match="does not load"):
+        library.load(tmp_path / "libmka.so")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reference_runs_and_the_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert library.available() == (False, "PyTorch sees no CUDA device.")
+    caplog.set_level("INFO")
+    assert dispatch.choose("auto", "cpu") == dispatch.choose("auto", "cuda") == "reference"
+    assert "recall: reference on cuda (PyTorch sees no CUDA device.)" in caplog.text
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ConfigError, match="the kernels cannot run"):
+            dispatch.choose("cuda", device)
+    with pytest.raises(ConfigError, match="choose auto, reference or cuda"):
+        dispatch.choose("fast", "cpu")
+
+
+def test_arguments_are_checked() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="k is on cpu: it must be on a CUDA device"):
+        library.check("k", x, (2, 3), (torch.float32,))
+    meta = [torch.empty(0)]
+    assert library.pointer(None) is None and library.pointer(meta[0]) is None
+    assert library.pointer(x) == x.data_ptr()
