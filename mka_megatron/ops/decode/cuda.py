@@ -265,8 +265,7 @@ def _close(
     check, on, kind = library.check, cos.device, (pages.dtype,)
     batch, chunks = lengths.shape
     channels = pages.shape[2]
-    known = summary_k if summary_k is not None else codes
-    groups = 1 if known is None else known.shape[1]
+    groups = groups_of(summary_k, codes)
     if channels not in CHANNELS:
         raise ValueError(f"a head has {channels} channels: the decode kernels have {', '.join(map(str, CHANNELS))}.")
     check("cos", cos, (batch, -1), _FP32)
@@ -300,6 +299,12 @@ def _close(
         recalled, code_sum, queries, groups=groups, window=window,
     )  # fmt: skip
     library.run("mka_decode_close", args, on)
+
+
+def groups_of(summary_k: Tensor | None, codes: Tensor | None) -> int:
+    """G of a cache; 1 where it has neither, and a chunk's end leaves nothing of any head."""
+    known = summary_k if summary_k is not None else codes
+    return 1 if known is None else known.shape[1]
 
 
 def _check_cache(

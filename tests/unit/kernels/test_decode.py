@@ -4,6 +4,7 @@ and the plan of which split attends which keys."""
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -13,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mka_megatron.memory.hashing import planes
 from mka_megatron.ops import decode
@@ -21,7 +21,9 @@ from mka_megatron.ops import library as package_library
 from mka_megatron.ops.decode import Cache, Hashing, cuda, structs
 from tests.helpers.c_api import struct_fields
 from tests.helpers.decode_rows import Rows, generate, new_cache
+from tests.helpers.host_decode import register_decode
 from tests.helpers.numerics import assert_as_accurate, assert_bitwise, assert_same
+from tests.unit.kernels.conftest import REPOSITORY
 
 HALVES = (torch.bfloat16, torch.float16)
 TILE = 16
@@ -30,40 +32,7 @@ TILE = 16
 @pytest.fixture(scope="module", autouse=True)
 def host(library: ctypes.CDLL) -> Iterator[None]:
     """Backend "cuda" on CPU tensors, as for a GPU of three processors."""
-
-    def call(entry: str, args: ctypes.Structure) -> None:
-        assert getattr(library, entry)(ctypes.byref(args)) == 0
-
-    @cuda._attend.register_kernel("cpu")
-    def _(q, bias, k, v, table, lengths, chunk, summary_k, summary_v, recalled, arrived, window, scale, splits):
-        out = torch.full_like(q, math.nan)
-        partial = cuda.partial_of(q, table.shape[1], splits)
-        args = structs.attend_args(
-            q, bias, k, v, table, lengths, chunk, summary_k, summary_v, recalled, out, partial, arrived,
-            window=window, scale=scale, splits=splits,
-        )  # fmt: skip
-        call("mka_host_decode_attend", args)
-        return out
-
-    @cuda._fuse.register_kernel("cpu")
-    def _(x, decay, state, shares, long_term, chunk, position):
-        out = torch.full_like(x, math.nan)
-        call("mka_host_decode_fuse", structs.fuse_args(x, decay, state, shares, long_term, chunk, position, out))
-        return out
-
-    @cuda._append.register_kernel("cpu")
-    def _(q, k, rotated, v, *cache):
-        call("mka_host_decode_append", structs.append_args(q, k, rotated, v, *cache))
-
-    @cuda._close.register_kernel("cpu")
-    def _(cos, sin, force, planes, key_bias, pages, lengths, *cache):
-        *cache, window = cache
-        groups = 1 if cache[4] is None and cache[8] is None else (cache[4] if cache[4] is not None else cache[8]).shape[1]
-        args = structs.close_args(
-            cos, sin, force, planes, key_bias, pages, lengths, *cache, groups=groups, window=window
-        )
-        call("mka_host_decode_close", args)
-
+    register_decode(library)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "processors", lambda device: 3)
         patch.setattr(package_library, "library", lambda: library)
@@ -300,13 +269,28 @@ def test_sizes_without_a_kernel_are_refused(library: ctypes.CDLL) -> None:
     cache = random_cache(1, 1, 64, 16, 4, 1, 0, True, torch.bfloat16)
 
     def code(heads: int, dtype: torch.dtype) -> int:
-        q: Tensor = torch.zeros(1, heads, 64, dtype=dtype)
-        c = cache
+        c, q = cache, torch.zeros(1, heads, 64, dtype=dtype)
+        out = torch.empty_like(q)
         args = structs.attend_args(
-            q, None, c.k, c.v, c.table, c.lengths, c.chunk, c.summary_k, c.summary_v, None, torch.empty_like(q), None,
+            q, None, c.k, c.v, c.table, c.lengths, c.chunk, c.summary_k, c.summary_v, None, out, None,
             None, window=1, scale=1.0, splits=1,
         )  # fmt: skip
         return library.mka_host_decode_attend(ctypes.byref(args))
 
     assert code(16, torch.bfloat16) == 0
     assert code(17, torch.bfloat16) == -1 and code(2, torch.float32) == -1
+
+
+def test_the_section_of_verify_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "kernels")
+    section = importlib.import_module("verify_decode")
+    common = importlib.import_module("verify_common")
+    found = list(section.checks(torch.device("cpu"), (129,)))
+    assert len(found) == 2 + 18 * 8 and [check.case for check in found if not check.passed] == []
+    for name, launch in section.launches(torch.device("cpu")):
+        if name.startswith("B=3"):
+            assert common.same_bits(name, launch(), launch()).passed
+    timings = list(section.benchmarks(common.Clock(torch.device("cpu"), repetitions=1), (129,)))
+    assert len(timings) == 5 and all(timing.ms > 0 for timing in timings)
+    monkeypatch.setattr(cuda, "attend", lambda cache, q, *_: torch.zeros_like(q))
+    assert not next(section.checks(torch.device("cpu"), (129,))).passed
