@@ -132,6 +132,8 @@ def check(
         raise ValueError(f"{name} has the shape {list(x.shape)}: it must be {list(shape)} (-1: any).")
     if not x.is_contiguous():
         raise ValueError(f"{name} is not contiguous: call .contiguous() first.")
+    if x.data_ptr() % x.element_size() or (x.element_size() < 8 and x.data_ptr() % 16):
+        raise ValueError(f"{name} is not aligned to 16 bytes: call .clone() first.")
 
 
 def operator(
