@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+
+from mka_megatron.ops.library import expected_hash  # noqa: E402
+
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 COMMAND = "python kernels/verify.py"
+
+
+def current() -> str:
+    """The section for the results and the sources of this checkout."""
+    found = sorted((HERE / "kernels" / "results").glob("*.json"))
+    return section([json.loads(path.read_text(encoding="utf-8")) for path in found], expected_hash())
 
 
 def section(records: list[dict[str, Any]], sources: str) -> str:
@@ -65,11 +75,7 @@ def main() -> int:
     )
     parser.add_argument("--readme", type=Path, help="the file to write into (default: print)")
     args = parser.parse_args()
-    sys.path.insert(0, str(HERE))
-    from mka_megatron.ops.library import expected_hash
-
-    found = sorted((HERE / "kernels" / "results").glob("*.json"))
-    text = section([json.loads(path.read_text(encoding="utf-8")) for path in found], expected_hash())
+    text = current()
     if args.readme is None:
         print(text, end="")
         return 0

@@ -60,3 +60,10 @@ def test_the_readme_keeps_the_rest(tmp_path: Path) -> None:
     at.write_text("nothing")
     run = subprocess.run([sys.executable, SCRIPT, "--readme", at], capture_output=True, text=True)
     assert run.returncode == 1 and "needs the lines" in run.stderr and at.read_text() == "nothing"
+
+
+def test_the_readme_says_what_was_run() -> None:
+    readme = (SCRIPT.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert kernel_report.replaced(readme, kernel_report.current()) == readme, (
+        "run python tools/kernel_report.py --readme README.md"
+    )
