@@ -17,6 +17,7 @@ from torch import Tensor
 from mka_megatron.ops import library as package_library
 from mka_megatron.ops import route_fuse as op
 from mka_megatron.ops.route_fuse import Stream, cuda, reference
+from tests.helpers.host_route_fuse import run_on_host
 from tests.helpers.layouts import NAMES, layout
 from tests.helpers.numerics import assert_as_accurate, assert_bitwise, assert_same
 
@@ -29,23 +30,10 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 @pytest.fixture
 def on_host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operator takes CPU tensors and runs the emulation; what it does not write is NaN."""
-
-    def run(entry: str, args: cuda.Args, x: Tensor, *, backward: bool) -> None:
-        assert cuda.workspace_bytes(library, args, backward) > 0
-        assert getattr(library, entry.replace("mka_", "mka_host_"))(ctypes.byref(args)) == 0
-
-    monkeypatch.setattr(cuda, "_run", run)
-    monkeypatch.setattr(package_library, "check", lambda *_: None)
+    run_on_host(library, monkeypatch)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not initialised
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_cpu() -> None:
-    """The operators dispatch for CPU tensors too."""
-    for made in (cuda._forward, cuda._backward):
-        made.register_kernel("cpu")(made._init_fn)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from mka_megatron.ops.recall import cuda
 from tests.helpers.host_kernels import register_recall
+from tests.helpers.host_route_fuse import run_on_host
 from tests.unit.kernels.conftest import REPOSITORY
 
 KERNELS = REPOSITORY / "kernels"
@@ -61,6 +62,18 @@ def test_the_recall_section_on_the_host(
     device = {"device": "host", "driver": "", "torch": torch.__version__}
     text = verify.table({"device": device, **json.loads(json.dumps(record))})
     assert "41 of 41 checks passed" in text and "pool K, V, codes" in text
+
+
+def test_the_fusion_section_on_the_host(
+    verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on_host(library, monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    record = verify.verify(["route_fuse"], torch.device("cpu"), (1, 129), (129,), False)
+    found = record["ops"]["route_fuse"]
+    assert [c["case"] for c in found["checks"] if not c["passed"]] == []
+    assert [t["case"] for t in found["timings"]] == ["forward", "backward"]
+    assert verify.passed(record)
 
 
 def test_a_wrong_kernel_fails(
