@@ -294,3 +294,24 @@ def test_the_section_of_verify_on_the_host(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(timings) == 5 and all(timing.ms > 0 for timing in timings)
     monkeypatch.setattr(cuda, "attend", lambda cache, q, *_: torch.zeros_like(q))
     assert not next(section.checks(torch.device("cpu"), (129,))).passed
+
+
+def test_operators_say_what_they_change() -> None:
+    """Schemas and fake implementations, as torch.compile relies on them."""
+    torch.manual_seed(0)
+    c = random_cache(2, 1, 64, 16, 6, 2, 2, True, torch.bfloat16)
+    c.table.clamp_(min=0)
+    q, k = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 1, 64).bfloat16()
+    tables, state = (torch.randn(2, 64), torch.randn(2, 64)), torch.randn(2, 1, 64)
+    calls = [
+        (cuda._attend, (q, torch.randn(2, 1, 3), c.k, c.v, c.table, c.lengths, c.chunk, c.summary_k, c.summary_v,
+                        c.recalled, c.arrived, 2, 0.1, 3)),
+        (cuda._fuse, (k, torch.rand(1, 64), state, torch.rand(2, 1, 2), k.clone(), c.chunk, c.position)),
+        (cuda._append, (q, k, k + 1, k + 2, c.k.clone(), c.v.clone(), c.table, c.lengths, c.chunk, c.position, c.sum_k,
+                        c.sum_v, c.code_sum, c.queries)),
+        (cuda._close, (*tables, torch.tensor([True, False]), planes(0, 1, 64, 64), None, c.k, c.lengths, c.chunk,
+                       c.position, c.summary_k, c.summary_v, c.sum_k, c.sum_v, c.codes, c.recalled, c.code_sum,
+                       c.queries, 2)),
+    ]  # fmt: skip
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
