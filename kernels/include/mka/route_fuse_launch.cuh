@@ -108,8 +108,7 @@ MKA_HD void backward_column(BackwardShared<Geo>& sh, const RouteFuseArgs& g, con
 
 template <class Geo>
 MKA_HD void keep_slope(BackwardShared<Geo>& sh, const float (&slope)[Geo::Vector], const Place<Geo>& at) {
-#pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) sh.a[at.row][at.lane * Geo::Vector + v] = slope[v];
+  put_row(&sh.a[at.row][at.lane * Geo::Vector], slope);
 }
 template <class Geo>
 MKA_HD void keep_dots(BackwardShared<Geo>& sh, int slot, float dot2, float dot3) {

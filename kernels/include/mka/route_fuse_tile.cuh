@@ -38,7 +38,7 @@ MKA_HD Raw load(const void* from) {
 }
 MKA_HD void store(void* to, const Raw& raw) {
 #ifdef __CUDA_ARCH__
-  *static_cast<uint4*>(to) = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
+  __stwb(static_cast<uint4*>(to), make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]));
 #else
   memcpy(to, &raw, sizeof raw);
 #endif
@@ -94,16 +94,34 @@ struct Codec<__half> {
 
 template <class Geo>
 struct Shared {
-  float a[Geo::Rows][Geo::Width];  // of the map of a thread's slots; then (backward) its part of the decay's gradient
-  float b[Geo::Rows][Geo::Width];  // then the state in front of the thread's slots
+  alignas(16) float a[Geo::Rows][Geo::Width];  // of the map of a thread's slots; then (backward) its part of the decay's gradient
+  alignas(16) float b[Geo::Rows][Geo::Width];  // then the state in front of the thread's slots
   float share2[Geo::Chunk], share3[Geo::Chunk];
   uint8_t kind[Geo::Chunk];
 };
 template <class Geo>
 struct BackwardShared : Shared<Geo> {
-  float q[Geo::Rows][Geo::Width];  // of the adjoint's map; then what arrives behind the thread's slots
+  alignas(16) float q[Geo::Rows][Geo::Width];  // of the adjoint's map; then what arrives behind the thread's slots
   float dot2[Geo::Chunk], dot3[Geo::Chunk];
 };
+
+// A thread's channels of a row, four at a time: alone they would lie in the same banks as its neighbours'.
+template <int Vector>
+MKA_HD void put_row(float* to, const float (&x)[Vector]) {
+#pragma unroll
+  for (int v = 0; v < Vector; v += 4) *reinterpret_cast<float4*>(to + v) = make_float4(x[v], x[v + 1], x[v + 2], x[v + 3]);
+}
+template <int Vector>
+MKA_HD void get_row(float (&x)[Vector], const float* from) {
+#pragma unroll
+  for (int v = 0; v < Vector; v += 4) {
+    float4 f = *reinterpret_cast<const float4*>(from + v);
+    x[v] = f.x;
+    x[v + 1] = f.y;
+    x[v + 2] = f.z;
+    x[v + 3] = f.w;
+  }
+}
 
 // ---- where a thread stands
 
@@ -191,15 +209,17 @@ MKA_HD void map_phase(Shared<Geo>& sh, const Raw (&x)[Geo::Steps], const float (
 #pragma unroll
     for (int v = 0; v < Geo::Vector; ++v) b[v] = step(kind, decay[v], Codec<typename Geo::T>::get(x[i], v), b[v]);
   }
+  put_row(&sh.b[at.row][at.lane * Geo::Vector], b);
+  float a[Geo::Vector];
 #pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) sh.b[at.row][at.lane * Geo::Vector + v] = b[v];
+  for (int v = 0; v < Geo::Vector; ++v) a[v] = 1.0f;
 #pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) {
-    float a = 1.0f;
+  for (int i = 0; i < Geo::Steps; ++i) {
+    int kind = sh.kind[at.row * Geo::Steps + i];
 #pragma unroll
-    for (int i = 0; i < Geo::Steps; ++i) a = factor(sh.kind[at.row * Geo::Steps + i], decay[v], a);
-    sh.a[at.row][at.lane * Geo::Vector + v] = a;
+    for (int v = 0; v < Geo::Vector; ++v) a[v] = factor(kind, decay[v], a[v]);
   }
+  put_row(&sh.a[at.row][at.lane * Geo::Vector], a);
 }
 
 // Without L2: what the other phases read of the scan.
@@ -241,8 +261,7 @@ MKA_HD void mix_phase(const Shared<Geo>& sh, const Raw (&x)[Geo::Steps], const R
                       void* y, const Place<Geo>& at) {
   using C = Codec<typename Geo::T>;
   float s[Geo::Vector];
-#pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) s[v] = sh.b[at.row][at.lane * Geo::Vector + v];
+  get_row(s, &sh.b[at.row][at.lane * Geo::Vector]);
   typename Geo::T* to = static_cast<typename Geo::T*>(y) + at.at;
 #pragma unroll
   for (int i = 0; i < Geo::Steps; ++i) {
@@ -276,8 +295,7 @@ MKA_HD void adjoint_phase(BackwardShared<Geo>& sh, const Raw (&grad)[Geo::Steps]
     for (int v = 0; v < Geo::Vector; ++v)
       q[v] = handed(kind, decay[v], fmaf(share2, Codec<typename Geo::T>::get(grad[i], v), q[v]));
   }
-#pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) sh.q[at.row][at.lane * Geo::Vector + v] = q[v];
+  put_row(&sh.q[at.row][at.lane * Geo::Vector], q);
 }
 
 template <class Geo>
@@ -308,11 +326,9 @@ MKA_HD void product_phase(const BackwardShared<Geo>& sh, const Raw (&x)[Geo::Ste
                           float (&slope)[Geo::Vector], const Keep& keep) {
   using C = Codec<typename Geo::T>;
   float s[Geo::Vector], e[Geo::Vector];
+  get_row(s, &sh.b[at.row][at.lane * Geo::Vector]);
 #pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) {
-    s[v] = sh.b[at.row][at.lane * Geo::Vector + v];
-    e[v] = slope[v] = 0.0f;
-  }
+  for (int v = 0; v < Geo::Vector; ++v) e[v] = slope[v] = 0.0f;
   const typename Geo::T* from = static_cast<const typename Geo::T*>(long_term) + at.at;
 #pragma unroll
   for (int i = 0; i < Geo::Steps; ++i) {
@@ -333,8 +349,10 @@ MKA_HD void product_phase(const BackwardShared<Geo>& sh, const Raw (&x)[Geo::Ste
     from += at.stride;
   }
   // the tangent at the end meets what arrives from behind
+  float q[Geo::Vector];
+  get_row(q, &sh.q[at.row][at.lane * Geo::Vector]);
 #pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) slope[v] = fmaf(sh.q[at.row][at.lane * Geo::Vector + v], e[v], slope[v]);
+  for (int v = 0; v < Geo::Vector; ++v) slope[v] = fmaf(q[v], e[v], slope[v]);
 }
 
 // The gradients of x and of the long-term vectors, from the last slot to the first.
@@ -343,8 +361,7 @@ MKA_HD void gradient_phase(const BackwardShared<Geo>& sh, const Raw (&grad)[Geo:
                            void* grad_x, void* grad_long_term, const Place<Geo>& at) {
   using C = Codec<typename Geo::T>;
   float q[Geo::Vector];
-#pragma unroll
-  for (int v = 0; v < Geo::Vector; ++v) q[v] = sh.q[at.row][at.lane * Geo::Vector + v];
+  get_row(q, &sh.q[at.row][at.lane * Geo::Vector]);
   typename Geo::T* to_x = static_cast<typename Geo::T*>(grad_x) + at.at + (Geo::Steps - 1) * static_cast<int64_t>(at.stride);
   typename Geo::T* to_m = static_cast<typename Geo::T*>(grad_long_term) + at.at + (Geo::Steps - 1) * static_cast<int64_t>(at.stride);
 #pragma unroll

@@ -264,3 +264,17 @@ def test_refusals(library: ctypes.CDLL) -> None:
         {"groups": 4, "routes": 2}, {"sequence": 2**40},
     ):  # fmt: skip
         assert code(**change) == -1, change
+
+
+@pytest.mark.parametrize("levels", ["l2", "l3", "l2 l3"])
+@pytest.mark.usefixtures("on_host")
+def test_the_operator_is_registered_as_torch_asks(levels: str) -> None:
+    """Schema, fake implementation and autograd, also for symbolic shapes, as torch.compile uses them."""
+    streams, logits, beta = inputs(2, 70, 16, levels, torch.float32, 2, "group", "l2" in levels)
+    slots = op.pack(layout("packed", 2, 70).starts, None, None, levels=logits.shape[-1], carried="l2" in levels)
+
+    def parts(name: str) -> list[Tensor]:
+        return [each for s in streams if (each := getattr(s, name)) is not None]
+
+    tensors = (parts("x"), parts("long_term"), parts("decay"), parts("carry"), logits, beta, slots, "soft")
+    torch.library.opcheck(cuda._forward, tensors)
