@@ -11,7 +11,7 @@ import torch
 from mka_megatron.config.load import load_config
 from mka_megatron.data.batch import IGNORE, Batch
 from mka_megatron.memory.documents import Documents
-from mka_megatron.model.build import build_model
+from mka_megatron.model.build import DTYPES, build_model
 from mka_megatron.training.segments import Segments
 from tests.helpers.numerics import assert_bitwise, assert_same
 
@@ -51,10 +51,11 @@ def batch(packed: bool) -> Batch:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("case", CASES)
-def test_segments_compute_what_whole_rows_compute(case: str, packed: bool, topology) -> None:
+def test_segments_compute_what_whole_rows_compute(case: str, packed: bool, topology, monkeypatch) -> None:
     """fp64, so that the same selections are made; the losses agree to roundoff."""
     config = load_config([], [*SHAPE, *CASES[case]])
     model = build_model(config, topology, VOCAB).double()
+    monkeypatch.setitem(DTYPES, "fp32", torch.float64)  # of the pages
     for parameter in model.parameters():  # biases and blends that are zero at the start hide errors
         parameter.data += 0.1 * torch.randn_like(parameter)
     rows = batch(packed)
