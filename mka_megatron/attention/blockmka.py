@@ -84,7 +84,8 @@ def block_core(
     )
     before = view.summaries(summaries)
     selected = queries = None
-    if selector is not None and before.signature is not None:
+    if selector is not None:
+        assert before.signature is not None  # a view joins what it is given
         fixed = selector.queries(q, k.shape[2])
         queries = last_queries(fixed, documents)
         recent_queries = recent(fixed, view.queries(queries), documents, chunks)

@@ -242,44 +242,37 @@ class SegmentView:
         """Recalled chunks of earlier segments, read from the store."""
         session = self._session
         batch, _, groups, channels = k.shape
-        before = 0 if self._known is None else self._known.summary_k.shape[1]
-        held = before - halo
         numbers = recalled.cpu()
-        # distinct chunks of each (row, head), in ascending order
-        distinct = [
-            [[chunk for chunk in numbers[row, :, head].unique().tolist()
-              if 0 <= chunk < held and session._store.holds(session.key(row, self._layer, head, chunk))]
-             for head in range(groups)] for row in range(batch)
+        at_hand = k.shape[1] // session._size
+        before = 0 if self._known is None else self._known.summary_k.shape[1]
+        held = before - halo  # the chunks from here on lie in the halo or at hand
+        where = [
+            (row, head, page, chunk) for row in range(batch) for head in range(groups)
+            for page, chunk in enumerate(self._stored(row, head, numbers[row, :, head], held))
         ]  # fmt: skip
-        most = max(len(chunks) for heads in distinct for chunks in heads)
+        most = 1 + max((page for _, _, page, _ in where), default=-1)
         lengths = numbers.new_zeros(batch, groups, most)
         paged_k = k.new_zeros(batch, groups, most, session._size, channels)
         paged_v = torch.zeros_like(paged_k)
         # chunk number -> place among (halo, chunks at hand, pages)
-        places = torch.full((batch, groups, max(held, 0)), -1, dtype=torch.int64)
-        keys = [session.key(row, self._layer, head, chunk) for row, heads in enumerate(distinct)
-                for head, chunks in enumerate(heads) for chunk in chunks]  # fmt: skip
-        if keys:
-            where = [(row, head, page, chunk) for row, heads in enumerate(distinct) for head, chunks in enumerate(heads)
-                     for page, chunk in enumerate(chunks)]  # fmt: skip
+        places = numbers.new_full((batch, groups, before + at_hand), -1)
+        places[:, :, held:] = torch.arange(halo + at_hand)
+        if where:
             rows, heads, pages, chunks = (list(each) for each in zip(*where, strict=True))
-            read_k, read_v, read_lengths = session._store.get(keys)
-            paged_k[rows, heads, pages] = read_k.to(k.dtype)
-            paged_v[rows, heads, pages] = read_v.to(v.dtype)
-            lengths[rows, heads, pages] = read_lengths.cpu()
-            places[rows, heads, chunks] = torch.tensor(pages) + halo + k.shape[1] // session._size
+            read = session._store.get([session.key(row, self._layer, head, chunk) for row, head, _, chunk in where])
+            paged_k[rows, heads, pages], paged_v[rows, heads, pages] = read[0], read[1]
+            lengths[rows, heads, pages] = read[2].cpu()
+            places[rows, heads, chunks] = torch.tensor(pages) + halo + at_hand
         # [B, n, G, R]
-        index = numbers - held
-        old = (numbers >= 0) & (numbers < held)
-        if bool(old.any()):
-            by_head = places.permute(0, 1, 2)[
-                torch.arange(batch)[:, None, None, None],
-                torch.arange(groups)[None, None, :, None],
-                numbers.clamp(0, held - 1),
-            ]
-            index = torch.where(old, by_head, index)
-        index = index.masked_fill(numbers < 0, -1)
+        row, head = torch.arange(batch)[:, None, None, None], torch.arange(groups)[:, None]
+        index = places[row, head, numbers.clamp_min(0)].masked_fill(numbers < 0, -1)
         return Pages(paged_k, paged_v, lengths.to(k.device), index.to(k.device))
+
+    def _stored(self, row: int, head: int, numbers: Tensor, held: int) -> list[int]:
+        """The chunks below `held` among `numbers` that have a page, ascending."""
+        key, store = self._session.key, self._session._store
+        chunks = [chunk for chunk in numbers.unique().tolist() if 0 <= chunk < held]
+        return [chunk for chunk in chunks if store.holds(key(row, self._layer, head, chunk))]
 
     def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Raises ValueError: the dense core has no segments."""

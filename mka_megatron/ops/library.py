@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mka_megatron.config.errors import refuse
 
 PATH = Path(__file__).parent / "_lib" / "libmka.so"
 SOURCES = Path(__file__).parents[2] / "kernels"
@@ -29,6 +32,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class LibraryError(Exception):
     """The library cannot be used; one sentence that says why and what to do."""
+
+
+BACKENDS = ("reference", "cuda")
+"""Of the ops with kernels here; block attention has a choice of its own."""
+
+_log = logging.getLogger(__name__)
 
 
 def fields(**kinds: str) -> list[tuple[str, Any]]:
@@ -95,6 +104,22 @@ def available() -> tuple[bool, str]:
     except LibraryError as error:
         return False, str(error)
     return True, ""
+
+
+def choose(op: str, wanted: str, device: str) -> str:
+    """The backend of `op` for `wanted` ("auto" or one of BACKENDS) on a device type ("cpu", "cuda").
+
+    To be decided once, where a model or cache is built; logged. Raises ConfigError when it does not run there.
+    """
+    if wanted not in ("auto", *BACKENDS):
+        raise refuse(f"the backend of {op}", wanted, f"choose auto, {' or '.join(BACKENDS)}")
+    there, why = available() if device == "cuda" else (False, f"the device is {device}.")
+    if wanted == "cuda" and not there:
+        raise refuse(f"the backend of {op}", wanted, f"the kernels cannot run: {why.rstrip('.')}")
+    backend = "cuda" if there and wanted != "reference" else "reference"
+    passed_over = backend == "reference" and wanted == "auto" and device == "cuda"
+    _log.info("%s: %s on %s%s", op, backend, device, f" ({why})" if passed_over else "")
+    return backend
 
 
 def run(entry: str, args: ctypes.Structure, device: torch.device) -> None:

@@ -20,7 +20,6 @@ from mka_megatron.ops.decode import cuda, reference
 from mka_megatron.ops.decode.cache import Cache as Cache
 from mka_megatron.ops.decode.cache import Hashing as Hashing
 from mka_megatron.ops.decode.checks import check_append, check_attend, check_close, check_fuse
-from mka_megatron.ops.decode.dispatch import choose as choose
 
 BACKENDS = {"reference": reference, "cuda": cuda}
 

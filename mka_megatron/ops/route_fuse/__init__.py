@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mka_megatron.ops.route_fuse import cuda, reference
-from mka_megatron.ops.route_fuse.dispatch import choose as choose
 from mka_megatron.ops.route_fuse.slots import pack as pack
 
 BACKENDS = {"reference": reference.route_fuse, "cuda": cuda.route_fuse}

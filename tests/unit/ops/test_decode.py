@@ -195,11 +195,3 @@ def test_what_contradicts_is_refused(change: dict, sentence: str) -> None:
     arguments = {"q": torch.zeros(1, 4, 8), "bias": None, "window": 4} | change
     with pytest.raises(ValueError, match=sentence):
         decode.attend(cache, arguments["q"], arguments["bias"], window=arguments["window"], scale=1.0)
-
-
-def test_the_choice_of_backend() -> None:
-    assert decode.choose("auto", "cpu") == "reference"
-    with pytest.raises(ValueError, match="cuda cannot be used here"):
-        decode.choose("cuda", "cpu")
-    with pytest.raises(ValueError, match="choose auto"):
-        decode.choose("triton", "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ import torch
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.ops import library
-from mka_megatron.ops.recall import dispatch
 
 BAKED = "a" * 64
 
@@ -67,13 +67,15 @@ def test_a_library_that_is_missing_or_broken(tmp_path: Path) -> None:
 def test_without_a_gpu_the_reference_runs_and_the_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert library.available() == (False, "PyTorch sees no CUDA device.")
     caplog.set_level("INFO")
-    assert dispatch.choose("auto", "cpu") == dispatch.choose("auto", "cuda") == "reference"
+    choose = functools.partial(library.choose, "recall")
+    assert choose("auto", "cpu") == choose("auto", "cuda") == choose("reference", "cuda") == "reference"
     assert "recall: reference on cuda (PyTorch sees no CUDA device.)" in caplog.text
-    for device in ("cpu", "cuda"):
-        with pytest.raises(ConfigError, match="the kernels cannot run"):
-            dispatch.choose("cuda", device)
-    with pytest.raises(ConfigError, match="choose auto, reference or cuda"):
-        dispatch.choose("fast", "cpu")
+    with pytest.raises(ConfigError, match="the kernels cannot run: PyTorch sees no CUDA device"):
+        choose("cuda", "cuda")
+    with pytest.raises(ConfigError, match="the kernels cannot run: the device is cpu"):
+        choose("cuda", "cpu")
+    with pytest.raises(ConfigError, match="the backend of recall is triton: choose auto, reference or cuda"):
+        choose("triton", "cpu")
 
 
 def test_arguments_are_checked() -> None:

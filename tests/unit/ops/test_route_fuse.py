@@ -219,11 +219,3 @@ def test_refusals(change, message: str) -> None:
         op.route_fuse(*change(good()))
     with pytest.raises(ValueError, match="mode is 'hard'"):
         op.route_fuse(*good(), mode="hard")
-
-
-def test_a_backend_that_is_not_there_is_refused() -> None:
-    assert op.choose("auto", "cpu") == "reference"
-    with pytest.raises(ValueError, match="the device is cpu"):
-        op.choose("cuda", "cpu")
-    with pytest.raises(ValueError, match="'triton'"):
-        op.choose("triton", "cpu")
