@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mka_megatron.config.schema import DataConfig
+from mka_megatron.data import loader
 from mka_megatron.data.batch import IGNORE, Batch, DataError
 from mka_megatron.data.corpus import Corpus, open_corpus
 from mka_megatron.data.loader import Prefetcher, train_batches, valid_batches
@@ -186,3 +187,16 @@ def test_the_prefetcher_ends_and_fails_as_its_generator() -> None:
     with pytest.raises(DataError, match="no"):
         next(items)
     assert list(items) == []
+
+
+@pytest.mark.parametrize(("sequence", "micro", "ahead"), [(512, 4, 4), (1 << 16, 1, 4), (1 << 17, 1, 2), (1 << 18, 1, 1), (1 << 20, 2, 1)])
+def test_long_samples_are_prepared_fewer_steps_ahead(
+    pair: list[Corpus], monkeypatch: pytest.MonkeyPatch, sequence: int, micro: int, ahead: int
+) -> None:
+    depths: list[int] = []
+    monkeypatch.setattr(loader, "Prefetcher", lambda steps, depth: depths.append(depth))
+    train_batches(
+        pair, [1.0, 1.0], DataConfig(sequence_length=sequence), chunk_size=4, seed=0, consumed_samples=0,
+        global_batch_size=micro, micro_batch_size=micro, dp_rank=0, dp_size=1,
+    )  # fmt: skip
+    assert depths == [ahead]
