@@ -1,4 +1,8 @@
-"""The model section of a Hugging Face directory, read from its config.json (no transformers needed)."""
+"""What a Hugging Face directory fixes of a configuration, read from its config.json (no transformers needed).
+
+A plain Qwen2, Qwen3 or Llama directory fixes the model section; one of ours (model_type mka_*) the sections of
+`hf_sections` too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mka_megatron.config.errors import ConfigError, show
-from mka_megatron.config.schema import RopeConfig
+from mka_megatron.config.hf_sections import OURS, from_json
+from mka_megatron.config.schema import AttentionConfig, MemoryConfig, RopeConfig, RoutingConfig
 
 # What the architecture implies and config.json does not say: QKV bias, q/k-norm, head_dim default.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -36,8 +41,7 @@ def read_model(directory: str) -> dict[str, Any]:
     Raises ConfigError for a missing or damaged file, an architecture or setting that is not supported, or a
     value of the wrong type.
     """
-    path = Path(directory) / "config.json"
-    raw = _read_json(directory, path)
+    raw, path = read_config_json(directory)
     reader = _Reader(raw, path)
     family = _family(raw, path)
     for key, allowed in NEUTRAL.items():
@@ -65,7 +69,19 @@ def read_model(directory: str) -> dict[str, Any]:
     }
 
 
-def _read_json(directory: str, path: Path) -> dict[str, Any]:
+def read_sections(directory: str) -> tuple[AttentionConfig, RoutingConfig, MemoryConfig] | None:
+    """The sections that one of our directories fixes beside the model; None for a plain one. Raises ConfigError."""
+    raw, path = read_config_json(directory)
+    ours = _architecture(raw) in OURS
+    if ours != ("mka" in raw):
+        raise ConfigError(f"architectures is {show(raw.get('architectures'))} in {path}, {'without' if ours else 'with'} "
+                          'the block "mka": convert the model again.')
+    return from_json(raw["mka"], str(path)) if ours else None
+
+
+def read_config_json(directory: str) -> tuple[dict[str, Any], Path]:
+    """The object in `<directory>/config.json`, and that path. Raises ConfigError."""
+    path = Path(directory) / "config.json"
     try:
         if not path.is_file():
             raise ConfigError(f"model.init_from is {show(directory)}: there is no config.json in it; give the "
@@ -79,15 +95,22 @@ def _read_json(directory: str, path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"model.init_from is {show(directory)}: its config.json is not a JSON object; "
                           "copy the model again.")
-    return raw
+    return raw, path
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    names = raw.get("architectures")
+    return names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
 
 
 def _family(raw: dict[str, Any], path: Path) -> str:
-    names = raw.get("architectures")
-    if isinstance(names, list) and len(names) == 1 and names[0] in FAMILIES:
-        return str(names[0])
-    raise ConfigError(f"architectures is {show(names)} in {path}: only one of {', '.join(FAMILIES)} is supported; "
-                      "choose another model.init_from.")
+    """The plain architecture that the model is or extends."""
+    name = _architecture(raw)
+    if OURS.get(name, name) not in FAMILIES:
+        raise ConfigError(f"architectures is {show(raw.get('architectures'))} in {path}: only one of "
+                          f"{', '.join(FAMILIES)}, plain or converted by tools/convert_hf.py, is supported; choose "
+                          "another model.init_from.")
+    return OURS.get(name, name)
 
 
 class _Reader:

@@ -7,28 +7,22 @@ the next file, the overrides. Mappings merge, everything else (lists too) replac
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from mka_megatron.config.aliases import normalise
 from mka_megatron.config.errors import ConfigError, show
-from mka_megatron.config.fields import annotation_at, is_section, kind, sections, type_hints
-from mka_megatron.config.from_hf import read_model
+from mka_megatron.config.from_hf import read_model, read_sections
+from mka_megatron.config.hf_sections import PLACEMENT, SECTIONS
 from mka_megatron.config.schema import Config
+from mka_megatron.config.typed import COMMAND_LINE, Origins, typed
 from mka_megatron.config.validate import check_files, validate
 from mka_megatron.config.yaml_text import parse_yaml
 
 __all__ = ["ConfigError", "load_config"]
 
 MAX_FILE_BYTES = 1 << 20
-COMMAND_LINE = "the command line"
-_ADAPTER = pydantic.TypeAdapter(Config)
-Origins = dict[tuple[str, ...], str]
 
 
 def load_config(paths: str | Path | Sequence[str | Path] = (), overrides: Sequence[str] = (),
@@ -50,7 +44,7 @@ def load_config(paths: str | Path | Sequence[str | Path] = (), overrides: Sequen
             _merge(merged, normalise(layer, origin), origin, origins)
     for override in overrides:
         _merge(merged, normalise(_parse_override(override), COMMAND_LINE), COMMAND_LINE, origins)
-    config = _apply_init_from(_typed(merged, origins), merged, origins)
+    config = _apply_init_from(typed(merged, origins), merged, origins)
     validate(config, world_size)
     check_files(config)
     return config
@@ -118,70 +112,42 @@ def _merge(into: dict[str, Any], layer: dict[str, Any], origin: str, origins: Or
             into[str(key)] = value
 
 
-def _typed(merged: dict[str, Any], origins: Origins) -> Config:
-    """Merged layers as a Config; strict types, no unknown keys."""
-    try:
-        text = json.dumps(merged)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"A value is not plain YAML ({error}); use numbers, strings, true, false, null and "
-                          "lists of them.") from None
-    try:
-        return _ADAPTER.validate_json(text, strict=True, extra="forbid")
-    except pydantic.ValidationError as error:
-        errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "unexpected_keyword_argument")
-        raise _sentence(errors[0]["type"], errors[0]["loc"], errors[0]["input"], origins) from None
-
-
-def _sentence(problem: str, location: tuple[str | int, ...], value: Any, origins: Origins) -> ConfigError:
-    """pydantic's first complaint as our sentence."""
-    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".")
-    names = tuple(step for step in location if isinstance(step, str))
-    origin = next((origins[names[:n]] for n in range(len(names), 0, -1) if names[:n] in origins), COMMAND_LINE)
-    if problem == "unexpected_keyword_argument":
-        return ConfigError(f"{show(key)} in {origin} is not a configuration key; {_suggestion(location)}.")
-    if problem == "missing":
-        return ConfigError(f"{key} is missing in {origin}; add it.")
-    hint = annotation_at(location)
-    if hint is None:
-        return ConfigError(f"The configuration cannot be parsed as JSON at {key or 'its top'}; simplify that value.")
-    return ConfigError(f"{key} is {show(value)} in {origin}: it must be {kind(hint)}.")
-
-
-def _suggestion(location: tuple[str | int, ...]) -> str:
-    """The nearest known key, from the same section first, then from anywhere."""
-    parent = annotation_at(location[:-1]) if len(location) > 1 else Config
-    wrong = str(location[-1])
-    prefix = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in location[:-1]).lstrip(".")
-    if is_section(parent):
-        near = difflib.get_close_matches(wrong, list(type_hints(parent)), n=1, cutoff=0.6)
-        if near:
-            return f"did you mean {prefix}{'.' if prefix else ''}{near[0]}"
-    leaves = {field.key.rsplit(".", 1)[-1]: field.key for _, _, own in sections() for field in own}
-    near = difflib.get_close_matches(wrong, list(leaves), n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {leaves[near[0]]}"
-    if is_section(parent):
-        return f"{prefix or 'the top level'} has {', '.join(type_hints(parent))}"
-    return "see --help for the keys"
-
-
 def _apply_init_from(config: Config, merged: dict[str, Any], origins: Origins) -> Config:
-    """The model section from the directory of `model.init_from`; an explicit contradiction is refused."""
+    """The sections that the directory of `model.init_from` fixes; an explicit contradiction is refused."""
     if config.model.init_from is None:
         return config
-    read = read_model(config.model.init_from)
+    file = f"{config.model.init_from}/config.json"
 
-    def contradiction(explicit: dict[str, Any], typed: object, wanted: object, path: tuple[str, ...]) -> None:
+    def contradiction(explicit: dict[str, Any], typed: object, wanted: object, path: tuple[str, ...], fix: str) -> None:
         for name in explicit:
             here = (*path, name)
             if isinstance(explicit[name], dict):
-                contradiction(explicit[name], getattr(typed, name), getattr(wanted, name), here)
-            elif explicit[name] is not None and getattr(typed, name) != getattr(wanted, name):
-                raise ConfigError(
-                    f"{'.'.join(here)} is {show(getattr(typed, name))} in {origins[here]} but "
-                    f"{show(getattr(wanted, name))} in {config.model.init_from}/config.json: remove it, or start "
-                    "from a configuration without a model section such as configs/run/from_hf.yaml.")
+                contradiction(explicit[name], getattr(typed, name), getattr(wanted, name), here, fix)
+            elif here == ("model", "vocab_size") and explicit[name] is None:
+                continue  # "take it from elsewhere"
+            elif getattr(typed, name) != getattr(wanted, name):
+                raise ConfigError(f"{'.'.join(here)} is {show(getattr(typed, name))} in {origins[here]} but "
+                                  f"{show(getattr(wanted, name))} in {file}: remove it, or {fix}.")
 
-    model = dataclasses.replace(config.model, **read)
-    contradiction(merged["model"], config.model, model, ("model",))
-    return dataclasses.replace(config, model=model)
+    model = dataclasses.replace(config.model, **read_model(config.model.init_from))
+    contradiction(merged["model"], config.model, model, ("model",),
+                  "start from a configuration without a model section such as configs/run/from_hf.yaml")
+    fixed = dataclasses.replace(config, model=model)
+    for name, section in zip(SECTIONS, read_sections(config.model.init_from) or (), strict=False):
+        section = _placed(section, getattr(config, name), (name,))
+        contradiction(merged.get(name, {}), getattr(config, name), section, (name,),
+                      "convert the original model again with it (tools/convert_hf.py import)")
+        fixed = dataclasses.replace(fixed, **{name: section})
+    return fixed
+
+
+def _placed(section: Any, run: Any, path: tuple[str, ...]) -> Any:
+    """`section` with the keys of PLACEMENT as the run has them."""
+    changes = {}
+    for field in dataclasses.fields(section):
+        key, own = (*path, field.name), getattr(section, field.name)
+        if dataclasses.is_dataclass(own):
+            changes[field.name] = _placed(own, getattr(run, field.name), key)
+        elif ".".join(key) in PLACEMENT:
+            changes[field.name] = getattr(run, field.name)
+    return dataclasses.replace(section, **changes)

@@ -64,10 +64,8 @@ def validate(config: Config, world_size: int | None = None) -> None:
     Raises:
         ConfigError: one sentence that names the key, the value and the fix.
     """
-    _check_values(config, "")
-    _check_limits(config)
+    validate_attention(config)
     _check_heads(config)
-    _check_attention(config)
     _check_memory(config)
     _check_parallel(config)
     _check_data(config)
@@ -77,6 +75,14 @@ def validate(config: Config, world_size: int | None = None) -> None:
     if world_size is not None:
         data_parallel = data_parallel_size(config.parallel, world_size)
     _check_batches(config, data_parallel)
+
+
+def validate_attention(config: Config) -> None:
+    """The part of `validate` that depends on attention, routing and memory_hierarchy only. Raises ConfigError."""
+    _check_values(config, "")
+    _check_limits(config)
+    _check_attention(config)
+    _check_levels(config)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -220,7 +226,7 @@ def _check_attention(config: Config) -> None:
                      "is one level to choose from; use soft, or enable one")
 
 
-def _check_memory(config: Config) -> None:
+def _check_levels(config: Config) -> None:
     memory = config.memory_hierarchy
     window, chunk, l3 = memory.l1.window, memory.l1.chunk_size, memory.l3
     if window is not None and window % chunk:
@@ -229,11 +235,6 @@ def _check_memory(config: Config) -> None:
     if window is None and block_core(config):
         raise refuse("memory_hierarchy.l1.window", "null",
                      f"the block core needs a window; set it to a multiple of memory_hierarchy.l1.chunk_size ({chunk})")
-    if window is not None and not block_core(config) and window < config.data.sequence_length:
-        raise refuse("memory_hierarchy.l1.window", window,
-                     "a window shorter than the sequence needs the block core; use attention.variant blockmka, or "
-                     f"fastmka with attention.core block, or null, or at least data.sequence_length "
-                     f"({config.data.sequence_length})")
     if memory.l2.min_span <= 1:
         raise refuse("memory_hierarchy.l2.min_span", memory.l2.min_span,
                      "the decay is 1 - 1/span and must be above 0; make it greater than 1")
@@ -245,6 +246,15 @@ def _check_memory(config: Config) -> None:
                      f"attention.variant {config.attention.variant} has no memory levels; use mka, fastmka or blockmka")
     if l3.hash_bits % 64:
         raise refuse("memory_hierarchy.l3.hash_bits", l3.hash_bits, "codes are whole 64-bit words; use 64, 128, 256, ...")
+
+
+def _check_memory(config: Config) -> None:
+    window = config.memory_hierarchy.l1.window
+    if window is not None and not block_core(config) and window < config.data.sequence_length:
+        raise refuse("memory_hierarchy.l1.window", window,
+                     "a window shorter than the sequence needs the block core; use attention.variant blockmka, or "
+                     f"fastmka with attention.core block, or null, or at least data.sequence_length "
+                     f"({config.data.sequence_length})")
     if needs_chunks(config) and config.data.reset_at_documents and not config.data.pad_documents_to_chunks:
         raise refuse("data.pad_documents_to_chunks", False, "chunks must not cross documents under the block core or "
                      "memory_hierarchy.l3.enabled; set it to true (or data.reset_at_documents to false)")
