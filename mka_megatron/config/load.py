@@ -17,10 +17,10 @@ from mka_megatron.config.from_hf import read_model, read_sections
 from mka_megatron.config.hf_sections import PLACEMENT, SECTIONS
 from mka_megatron.config.schema import Config
 from mka_megatron.config.typed import COMMAND_LINE, Origins, typed
-from mka_megatron.config.validate import check_files, validate
+from mka_megatron.config.validate import check_files, validate, validate_architecture
 from mka_megatron.config.yaml_text import parse_yaml
 
-__all__ = ["ConfigError", "load_config"]
+__all__ = ["ConfigError", "load_attention", "load_config"]
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -37,6 +37,37 @@ def load_config(paths: str | Path | Sequence[str | Path] = (), overrides: Sequen
     Raises:
         ConfigError: one sentence that names the key or file, the value and the fix.
     """
+    merged, origins = _merged(paths, overrides)
+    config = _apply_init_from(typed(merged, origins), merged, origins)
+    validate(config, world_size)
+    check_files(config)
+    return config
+
+
+def load_attention(directory: str | Path, paths: str | Path | Sequence[str | Path] = (),
+                   overrides: Sequence[str] = ()) -> Config:
+    """The model of a Hugging Face directory with the attention that files and overrides describe.
+
+    Of the other sections (a whole run's file may be given) only the types are checked: nothing runs them here.
+
+    Args:
+        directory: the model; model.init_from of the result.
+        paths, overrides: as for :func:`load_config`.
+
+    Raises:
+        ConfigError: one sentence that names the key or file, the value and the fix.
+    """
+    merged, origins = _merged(paths, overrides)
+    model = merged.setdefault("model", {})
+    if isinstance(model, dict):
+        model["init_from"] = str(directory)
+    config = _apply_init_from(typed(merged, origins), merged, origins)
+    validate_architecture(config)
+    return config
+
+
+def _merged(paths: str | Path | Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
+    """The layers as one mapping of plain values, and who set each key last."""
     merged: dict[str, Any] = {}
     origins: Origins = {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
@@ -44,10 +75,7 @@ def load_config(paths: str | Path | Sequence[str | Path] = (), overrides: Sequen
             _merge(merged, normalise(layer, origin), origin, origins)
     for override in overrides:
         _merge(merged, normalise(_parse_override(override), COMMAND_LINE), COMMAND_LINE, origins)
-    config = _apply_init_from(typed(merged, origins), merged, origins)
-    validate(config, world_size)
-    check_files(config)
-    return config
+    return merged, origins
 
 
 def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:

@@ -85,6 +85,12 @@ def validate_attention(config: Config) -> None:
     _check_levels(config)
 
 
+def validate_architecture(config: Config) -> None:
+    """The part of `validate` that says which model it is: heads, attention, routing, memory. Raises ConfigError."""
+    validate_attention(config)
+    _check_heads(config)
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Replicas on `world_size` ranks; raises ConfigError where the layout does not fill them exactly."""
     sizes = {"tensor_parallel": parallel.tensor_parallel, "context_parallel": parallel.context_parallel,
