@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"memory", "config"},
     "evaluation": {"memory", "config", "data"},
     "model": {"attention", "parallel", "ops", "memory", "config"},
+    "conversion": {"model", "attention", "ops", "memory", "config"},
     "training": {"attention", "parallel", "ops", "memory", "config", "model", "data"},
 }
 MEGATRON = {"model", "parallel"}
