@@ -17,7 +17,7 @@ from mka_megatron.memory import routing
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import chunk_means, last_queries, recent
-from mka_megatron.memory.view import Memory, Summaries, Update
+from mka_megatron.memory.view import Carry, Memory, Summaries, Update
 from mka_megatron.ops.block_attention import block_attention
 
 
@@ -58,15 +58,15 @@ def block_core(
     scale: float,
     config: Config,
     memory: Memory,
-    carry_k: Tensor | None = None,
-    carry_v: Tensor | None = None,
+    carry_k: Carry | None = None,
+    carry_v: Carry | None = None,
 ) -> tuple[Tensor, Tensor | None, Update]:
     """Summaries, recall and the one softmax over keys and values that may have been fused.
 
     Args:
         q, k, v: [B, S, H, d], [B, S, G, d], [B, S, G, d], before norm and RoPE.
         logits: [B, S, L] or [B, S, G, L] of the enabled levels among (L1, L2, L3); None: no bias.
-        carry_k, carry_v: EMA states after the last slot, for the update.
+        carry_k, carry_v: L2's states after the last slot, for the update.
 
     Returns:
         as :func:`attend`.
@@ -112,8 +112,8 @@ def block_core(
         v.detach(),
         Summaries(summaries.k.detach(), summaries.v.detach(), summaries.signature),
         queries,
-        None if carry_k is None else carry_k.detach(),
-        None if carry_v is None else carry_v.detach(),
+        carry_k,
+        carry_v,
         selected,
     )
     return out, weights, update

@@ -8,6 +8,7 @@ commutes with the projection and its bias, and happens here on raw K and V, befo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from mka_megatron.config.variants import block_core
 from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.summary import ema, prefix_mean
-from mka_megatron.memory.view import NO_MEMORY, Memory, View
+from mka_megatron.memory.view import NO_MEMORY, Carry, Memory, Update, View
 
 
 def attend(
@@ -45,13 +46,17 @@ def attend(
         memory: with L3, chunks of the rows and the selector; the view of the slots before.
 
     Returns:
-        ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route).
+        ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route, the
+        memory's update).
     """
     weights = None
     carry_k = carry_v = None
+    update = Update(None, None, None, None, None, None)
     if route is not None and route.logits is not None:
         assert route.beta is not None
-        k3, v3 = l3_level(q, k, v, finish, documents, scale, memory) if mixes_l3(config) else (None, None)
+        k3 = v3 = None
+        if mixes_l3(config):
+            k3, v3, update = l3_level(q, k, v, finish, documents, scale, memory)
         weights = routing.route(route.logits, available(route.logits, config, memory), config.routing.mode)
         if "k" in config.attention.fuse:
             levels, carry_k = summaries(k, k3, route.decay_k, documents, config, memory.view, "k")
@@ -64,7 +69,8 @@ def attend(
         core = None if route is None else route.core
         out, _, update = attend_blocks(q, k, v, finish, core, documents, scale, config, memory, carry_k, carry_v)
         return out, weights, update
-    return causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view), weights
+    out = causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view)
+    return out, weights, replace(update, carry_k=carry_k, carry_v=carry_v)
 
 
 def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> Tensor:
@@ -92,9 +98,9 @@ def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> T
 
 def summaries(
     x: Tensor, long_term: Tensor | None, decay: Tensor | None, documents: Documents, config: Config, view: View, name: str
-) -> tuple[list[Tensor], Tensor | None]:
+) -> tuple[list[Tensor], Carry | None]:
     """Levels 2..L, as far as they are enabled, of raw keys or values [B, S, G, d] (`name`: "k" or "v"), each of the
-    same shape, given L3's; and the state of L2 after the last slot."""
+    same shape, given L3's; and the state of L2 after the last slot, detached."""
     levels, carry = [], None
     if config.memory_hierarchy.l2.enabled:
         level, carry = l2_summary(x, decay, documents, view, name)
@@ -104,9 +110,14 @@ def summaries(
 
 def l2_summary(
     x: Tensor, decay: Tensor | None, documents: Documents, view: View, name: str
-) -> tuple[Tensor, Tensor | None]:
-    """The session level of raw keys or values (`name`: "k" or "v"), [B, S, G, d] -> the same shape, and the EMA's
-    state after the last slot; no decay: the prefix mean, without a state."""
+) -> tuple[Tensor, Carry]:
+    """The session level of raw keys or values (`name`: "k" or "v"), [B, S, G, d] -> the same shape, and its state
+    after the last slot, detached; no decay: the prefix mean."""
+    before = view.carry(name, x, decay, documents)
     if decay is None:
-        return prefix_mean(x, documents)[0], None
-    return ema(x, decay, documents, view.carry(name, x, decay, documents))
+        assert before is None or isinstance(before, tuple)
+        level, (total, count) = prefix_mean(x, documents, before)
+        return level, (total.detach(), count)
+    assert not isinstance(before, tuple)
+    level, state = ema(x, decay, documents, before)
+    return level, state.detach()

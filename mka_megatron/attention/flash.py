@@ -13,17 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ALIGNED_LSE = 32
+_QUERIES = 512
+"""Queries at an offset take a mask on some kernels: so many rows of it at a time."""
 
 
 def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """softmax(scale * q k^T) v with lower-triangular scores.
+    """softmax(scale * q k^T) v with lower-triangular scores, query s seeing the keys up to T - S + s.
 
     Args:
-        q: [B, S, H, d]; k, v: [B, S, G, d], dtypes equal; CPU, or CUDA in fp32 or (d a multiple of 8) 16 bits.
+        q: [B, S, H, d]; k, v: [B, T, G, d], dtypes equal; CPU, or CUDA in fp32 or (d a multiple of 8) 16 bits.
 
     Returns:
-        ([B, S, H, d], logsumexp [B, H, S] fp32 (fp64 for fp64), what :func:`causal_backward` wants as `extra`).
+        ([B, S, H, d], logsumexp [B, H, S] fp32 (fp64 for fp64), what :func:`causal_backward` wants as `extra` where
+        T = S).
     """
+    if k.shape[1] != q.shape[1] and (not q.is_cuda or q.dtype == torch.float32):
+        return _masked_forward(q, k, v, scale)
     if not q.is_cuda:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_heads_first(q, k, v), 0.0, True, scale=scale
@@ -39,6 +44,35 @@ def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         *_heads_first(q, k, v), 0.0, True, scale=scale
     )
     return out.transpose(1, 2), lse, tuple(extra[:6])
+
+
+def _masked_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    offset = k.shape[1] - q.shape[1]
+    outs, sums = [], []
+    for first in range(0, q.shape[1], _QUERIES):
+        some = q[:, first : first + _QUERIES]
+        end = offset + first + some.shape[1]
+        mask = None
+        if some.shape[1] > 1:
+            future = torch.ones(some.shape[1], end, dtype=torch.bool, device=q.device).triu(offset + first + 1)
+            mask = torch.zeros(future.shape, dtype=q.dtype, device=q.device).masked_fill_(future, float("-inf"))
+        if q.is_cuda:
+            fan = q.shape[2] // k.shape[2]
+            keys, values = (x[:, :end].repeat_interleave(fan, dim=2) for x in (k, v))
+            if mask is not None:
+                # the kernel wants rows of an aligned length
+                aligned = F.pad(mask, (0, -end % 16))
+                mask = aligned[:, :end].expand(len(q), q.shape[2], -1, -1)
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+                *_heads_first(some, keys, values), mask, True, 0.0, False, scale=scale
+            )
+        else:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *_heads_first(some, k[:, :end], v[:, :end]), 0.0, False, attn_mask=mask, scale=scale
+            )
+        outs.append(out.transpose(1, 2))
+        sums.append(lse[..., : some.shape[1]])
+    return torch.cat(outs, dim=1), torch.cat(sums, dim=2), ()
 
 
 def causal_backward(

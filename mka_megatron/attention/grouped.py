@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mka_megatron.attention.continued import continued_attention
 from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.attention.part import part_attention
 from mka_megatron.attention.sdpa import causal_sdpa
@@ -43,7 +44,7 @@ def attend(
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, view: View = NO_MEMORY.view
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, view: View = NO_MEMORY.view, level: int = 0
 ) -> Tensor:
     """softmax(scale * q k^T) v, causal within each document, 0 on padding.
 
@@ -55,6 +56,7 @@ def causal_attention(
         documents: boundaries of the [B, S] slots.
         scale: factor on the scores, usually 1/sqrt(d).
         view: where `documents` are a part of rows, what has the keys and values of the slots before.
+        level: of the mixture, whose keys and values these are.
 
     Returns:
         [B, S, H, e], dtype of q. Raises ValueError when G does not divide H.
@@ -64,8 +66,10 @@ def causal_attention(
     channels = v.shape[3]
     # the flash kernels want equal widths; zero channels change neither scores nor the values kept
     width = max(q.shape[3], channels)
-    k, v = view.keys_values(k, v)
+    k, v = view.keys_values(k, v, level)
     q, k, v = (_widen(x, width) for x in (q, k, v))
+    if documents.continued is not None:
+        return continued_attention(q, k, v, documents, scale)[..., :channels]
     if documents.whole is not None:
         return part_attention(q, k, v, documents, scale)[..., :channels]
     if documents.gaps:

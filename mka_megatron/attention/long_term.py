@@ -16,12 +16,12 @@ from mka_megatron.config.variants import block_core
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import chunk_means, last_queries, recent
-from mka_megatron.memory.view import Memory, Summaries
+from mka_megatron.memory.view import Memory, Summaries, Update
 
 
 def l3_level(
     q: Tensor, k: Tensor, v: Tensor, finish: Finish, documents: Documents, scale: float, memory: Memory
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Update]:
     """K3 = sum_r w_r Kbar_r and V3 = sum_r w_r Vbar_r with w = softmax_r(scale * qbar . Kbar_r).
 
     r: the R chunks, of those before the token's chunk in its document, that its chunk selects. Kbar, Vbar: means
@@ -35,17 +35,19 @@ def l3_level(
         memory: chunks, selector and the view of the slots before.
 
     Returns:
-        K3, V3: [B, S, G, d] raw, dtypes of k and v; 0 in a document's first chunk, where :func:`available` is False.
-        Raises ValueError where the memory has no chunks or selector.
+        K3, V3: [B, S, G, d] raw, dtypes of k and v; 0 in a document's first chunk, where :func:`available` is False;
+        and the memory's update, without L2's states. Raises ValueError where the memory has no chunks or selector.
     """
     chunks, selector = memory.chunks, memory.selector
     if chunks is None or selector is None:
         raise ValueError("memory_hierarchy.l3.enabled is true: pass a memory with chunks and a selector.")
     groups = k.shape[2]
     signature = selector.signature(finish.norm_k(k), chunks)
-    means = memory.view.summaries(Summaries(chunk_means(k, chunks), chunk_means(v, chunks), signature))
+    own = Summaries(chunk_means(k, chunks), chunk_means(v, chunks), signature)
+    means = memory.view.summaries(own)
     fixed = selector.queries(finish.norm_q(q), groups)
-    queries = recent(fixed, memory.view.queries(last_queries(fixed, documents)), documents, chunks)
+    last = last_queries(fixed, documents)
+    queries = recent(fixed, memory.view.queries(last), documents, chunks)
     assert means.signature is not None
     selected = selector.select(queries, means.signature, chunks, window_chunks=1)
 
@@ -69,7 +71,8 @@ def l3_level(
     # [B, n, C, G, d] -> [B, S, G, d]
     mixed = (torch.einsum("bngcr,bnrgd->bncgd", weights, x).flatten(1, 2) for x in (recalled_k, recalled_v))
     level_k, level_v = (x[:, : q.shape[1]] for x in mixed)
-    return level_k.to(k.dtype), level_v.to(v.dtype)
+    detached = Summaries(own.k.detach(), own.v.detach(), signature)
+    return level_k.to(k.dtype), level_v.to(v.dtype), Update(None, None, detached, last, None, None)
 
 
 def available(logits: Tensor, config: Config, memory: Memory) -> Tensor | None:

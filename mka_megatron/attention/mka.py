@@ -7,12 +7,14 @@ Level 1 is the tokens; level l > 1 has one raw key and value per token, a causal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mka_megatron.attention.continued import continued_mixture
 from mka_megatron.attention.fastmka import summaries
 from mka_megatron.attention.flash import causal_backward, causal_forward
 from mka_megatron.attention.grouped import causal_attention
@@ -21,7 +23,7 @@ from mka_megatron.attention.long_term import available, l3_level, mixes_l3
 from mka_megatron.config.schema import Config
 from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents, Span
-from mka_megatron.memory.view import NO_MEMORY, Memory, View
+from mka_megatron.memory.view import NO_MEMORY, Memory, Update, View
 
 
 def attend(
@@ -35,7 +37,7 @@ def attend(
     scale: float,
     config: Config,
     memory: Memory = NO_MEMORY,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Update]:
     """Attention over every level, mixed as `attention.mixture` says.
 
     output: out_1 + beta * (sum_l lambda_l out_l - out_1), every level causal over its own S keys.
@@ -48,28 +50,31 @@ def attend(
         memory: with L3, chunks of the rows and the selector; the view of the slots before.
 
     Returns:
-        ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route).
-        Raises ValueError for routing.mode top1 under the score mixture.
+        ([B, S, H, d], the weights for monitoring, detached, [B, S, L] or [B, S, G, L]; None without a route, the
+        memory's update). Raises ValueError for routing.mode top1 under the score mixture.
     """
+    update = Update(None, None, None, None, None, None)
     if route is None or route.logits is None:
-        return causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view), None
+        return causal_attention(finish.q(q), finish.k(k), v, documents, scale, memory.view), None, update
     assert route.beta is not None
     size = 0
     k3, v3 = None, None
     if mixes_l3(config):
-        k3, v3 = l3_level(q, k, v, finish, documents, scale, memory)
+        k3, v3, update = l3_level(q, k, v, finish, documents, scale, memory)
         assert memory.chunks is not None
         size = memory.chunks.size
-    later_k, _ = summaries(k, k3, route.decay_k, documents, config, memory.view, "k")
-    later_v, _ = summaries(v, v3, route.decay_v, documents, config, memory.view, "v")
+    later_k, carry_k = summaries(k, k3, route.decay_k, documents, config, memory.view, "k")
+    later_v, carry_v = summaries(v, v3, route.decay_v, documents, config, memory.view, "v")
+    update = replace(update, carry_k=carry_k, carry_v=carry_v)
     q, keys, values = finish.q(q), [finish.k(level) for level in (k, *later_k)], [v, *later_v]
     levels = available(route.logits, config, memory)
     if config.attention.mixture == "score":
         bias = routing.score_bias(route.logits, levels, config.routing.mode)
-        return score_mixture(q, keys, values, bias, documents, scale, size), bias.detach().softmax(dim=-1)
+        out = score_mixture(q, keys, values, bias, documents, scale, size, memory.view)
+        return out, bias.detach().softmax(dim=-1), update
     weights = routing.route(route.logits, levels, config.routing.mode)
     out = output_mixture(q, keys, values, weights, route.beta, documents, scale, memory.view, size)
-    return out, weights.detach()
+    return out, weights.detach(), update
 
 
 def output_mixture(
@@ -101,7 +106,7 @@ def output_mixture(
     mixed = first
     for level in range(1, len(keys)):
         where = documents.once(Documents.later, late) if late and level == len(keys) - 1 else documents
-        out = causal_attention(q, keys[level], values[level], where, scale, view)
+        out = causal_attention(q, keys[level], values[level], where, scale, view, level)
         mixed = mixed + shares[..., level, None] * (out.to(shares.dtype) - first)
     return mixed.to(q.dtype)
 
@@ -114,6 +119,7 @@ def score_mixture(
     documents: Documents,
     scale: float,
     late: int = 0,
+    view: View = NO_MEMORY.view,
 ) -> Tensor:
     """One softmax over the keys of all levels, level l's scores raised by its bias (eq. 5 with bias = log lambda).
 
@@ -126,11 +132,17 @@ def score_mixture(
         scale: factor on the scores.
         late: slots of each document without a key of the last level, whose bias is -inf there; no run of tokens
             begins within them.
+        view: of the slots before, of continued rows.
 
     Returns:
         [B, S, H, d], dtype of q, 0 on padding. Differentiable once in q, keys, values and bias; the gradient of the
         bias sums to zero over the levels. Raises ValueError for a part of rows.
     """
+    if documents.continued is not None:
+        seen = [view.keys_values(k, v, level) for level, (k, v) in enumerate(zip(keys, values, strict=True))]
+        keys, values = [k for k, _ in seen], [v for _, v in seen]
+        per_head = _per_head(bias, q.shape[2]).double()
+        return continued_mixture(q, keys, values, per_head, documents, scale, late > 0)
     if documents.whole is not None:
         raise ValueError("attention.mixture score works on whole rows, these are a part: use mixture output.")
     heads = tuple(min(late, end - begin) for _, begin, end in documents.once(_first_runs))

@@ -31,7 +31,9 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     # [B, S, H, d] -> [B, H, S, d] and back
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     offset = k.shape[2] - q.shape[2]
-    if offset == 0:
+    if q.shape[2] == 1:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    elif offset == 0:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     elif q.is_cuda:
         mask = causal_lower_right(q.shape[2], k.shape[2])

@@ -37,10 +37,12 @@ class Chunks:
 
     @staticmethod
     def of(documents: Documents, size: int) -> Chunks:
-        """The chunks of `documents`, of which they may be a part.
+        """The chunks of `documents`, of which they may be a part; those of continued rows are as they say.
 
         Raises ValueError when a run of tokens or the part starts, or the part ends, off a chunk boundary.
         """
+        if documents.continued is not None and documents.continued.chunks is not None:
+            return documents.continued.chunks
         whole = documents.whole or documents
         off = next(((row, begin) for row, begin, _ in whole.runs if begin % size), None)
         if off is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mka_megatron.memory.compaction import Compaction, Move, moved
+
+if TYPE_CHECKING:
+    from mka_megatron.memory.continued import Continued
 
 T = TypeVar("T")
 Span = tuple[int, int, int]
@@ -43,6 +46,8 @@ class Documents:
     """The rows that these slots are a part of; None: these are whole rows."""
     begin: int = 0
     """Slot of `whole` that is slot 0 here."""
+    continued: Continued | None = None
+    """How these slots go on with rows that a view remembers (generation), then instead of `whole`; None: they do not."""
 
     _derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -126,8 +131,9 @@ class Documents:
         padding = None if self.padding is None else move(self.padding)
         whole = None if self.whole is None else self.whole.to(device, non_blocking)
         return Documents(
-            move(self.starts), padding, move(self.positions), self.spans, self.runs, self.gaps, whole, self.begin
-        )
+            move(self.starts), padding, move(self.positions), self.spans, self.runs, self.gaps, whole, self.begin,
+            self.continued,
+        )  # fmt: skip
 
     def once(self, build: Callable[..., T], *arguments: Any) -> T:
         """build(self, *arguments), computed on the first call and then kept: every layer plans over the same
@@ -140,6 +146,8 @@ class Documents:
     def later(self, slots: int) -> Documents:
         """The same documents without their first `slots` slots, which are padding then: for what only exists from
         there on. Documents without later tokens drop out."""
+        if self.continued is not None:
+            return replace(self, continued=self.continued.later())
         if self.whole is not None:
             later = self.whole.once(Documents.later, slots)
             return later.part(self.begin, self.begin + self.starts.shape[1])
@@ -191,6 +199,8 @@ class Documents:
     @cached_property
     def continues(self) -> Tensor:
         """[B] bool: slot 0 goes on with a document that began before it."""
+        if self.continued is not None:
+            return torch.tensor(self.continued.earlier, device=self.starts.device) > 0
         if self.whole is None:
             return torch.zeros_like(self.starts[:, 0])
         return ~self.whole.starts[:, self.begin]

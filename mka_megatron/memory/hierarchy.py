@@ -20,6 +20,7 @@ from torch import Tensor
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import SELECTING_QUERIES
+from mka_megatron.memory.paged import read_pages
 from mka_megatron.memory.tiers.pages import PageKey
 from mka_megatron.memory.tiers.store import TierStore
 from mka_megatron.memory.view import Pages, Summaries, Update
@@ -156,6 +157,7 @@ class Session:
             self.key(row, layer, head, chunks.first + number)
             for row, number, head in zip(rows.tolist(), numbers.tolist(), heads.tolist(), strict=True)
         ]
+        assert update.k is not None and update.v is not None and update.summaries is not None
         # [B, S, G, d] -> [B, n, C, G, d] -> [P, C, d]
         k, v = (x.unflatten(1, (-1, self._size)).transpose(2, 3)[rows, numbers, heads] for x in (update.k, update.v))
         signature = update.summaries.signature
@@ -171,6 +173,8 @@ class Session:
 
     def _joined(self, before: _Layer | None, update: Update) -> _Layer:
         new = update.summaries
+        assert update.k is not None and update.v is not None and new is not None
+        assert not isinstance(update.carry_k, tuple) and not isinstance(update.carry_v, tuple)
         halo = (self._window - 1) * self._size
         if before is None:
             k, v, queries = update.k, update.v, update.queries
@@ -208,7 +212,7 @@ class SegmentView:
         self._session, self._layer = session, layer
         self._known = session._layers.get(layer)
 
-    def carry(self, name: str, x: Tensor, decay: Tensor, documents: Documents) -> Tensor | None:
+    def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> Tensor | None:
         """The state that the last segment left, in rows whose document goes on."""
         if self._known is None:
             return None
@@ -241,39 +245,13 @@ class SegmentView:
     def pages(self, recalled: Tensor, halo: int, k: Tensor, v: Tensor) -> Pages:
         """Recalled chunks of earlier segments, read from the store."""
         session = self._session
-        batch, _, groups, channels = k.shape
-        numbers = recalled.cpu()
-        at_hand = k.shape[1] // session._size
-        before = 0 if self._known is None else self._known.summary_k.shape[1]
-        held = before - halo  # the chunks from here on lie in the halo or at hand
-        where = [
-            (row, head, page, chunk) for row in range(batch) for head in range(groups)
-            for page, chunk in enumerate(self._stored(row, head, numbers[row, :, head], held))
-        ]  # fmt: skip
-        most = 1 + max((page for _, _, page, _ in where), default=-1)
-        lengths = numbers.new_zeros(batch, groups, most)
-        paged_k = k.new_zeros(batch, groups, most, session._size, channels)
-        paged_v = torch.zeros_like(paged_k)
-        # chunk number -> place among (halo, chunks at hand, pages)
-        places = numbers.new_full((batch, groups, before + at_hand), -1)
-        places[:, :, held:] = torch.arange(halo + at_hand)
-        if where:
-            rows, heads, pages, chunks = (list(each) for each in zip(*where, strict=True))
-            read = session._store.get([session.key(row, self._layer, head, chunk) for row, head, _, chunk in where])
-            paged_k[rows, heads, pages], paged_v[rows, heads, pages] = read[0], read[1]
-            lengths[rows, heads, pages] = read[2].cpu()
-            places[rows, heads, chunks] = torch.tensor(pages) + halo + at_hand
-        # [B, n, G, R]
-        row, head = torch.arange(batch)[:, None, None, None], torch.arange(groups)[:, None]
-        index = places[row, head, numbers.clamp_min(0)].masked_fill(numbers < 0, -1)
-        return Pages(paged_k, paged_v, lengths.to(k.device), index.to(k.device))
+        known = 0 if self._known is None else self._known.summary_k.shape[1]
 
-    def _stored(self, row: int, head: int, numbers: Tensor, held: int) -> list[int]:
-        """The chunks below `held` among `numbers` that have a page, ascending."""
-        key, store = self._session.key, self._session._store
-        chunks = [chunk for chunk in numbers.unique().tolist() if 0 <= chunk < held]
-        return [chunk for chunk in chunks if store.holds(key(row, self._layer, head, chunk))]
+        def key(row: int, head: int, chunk: int) -> PageKey:
+            return session.key(row, self._layer, head, chunk)
 
-    def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return read_pages(session._store, key, recalled, k, known=known, halo=halo, size=session._size)
+
+    def keys_values(self, k: Tensor, v: Tensor, level: int = 0) -> tuple[Tensor, Tensor]:
         """Raises ValueError: the dense core has no segments."""
         raise ValueError("the dense core sees all tokens at once: use the block core with segments.")

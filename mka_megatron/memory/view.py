@@ -15,6 +15,9 @@ from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import Selector
 
+Carry = Tensor | tuple[Tensor, Tensor]
+"""[B, G, d] state of the moving average; or of the prefix mean: sum [B, G, d] and count [B]."""
+
 
 @dataclass(frozen=True)
 class Summaries:
@@ -45,30 +48,31 @@ class Pages:
 
 @dataclass(frozen=True)
 class Update:
-    """What a later segment needs of this one, detached; committed after its backward."""
+    """What later tokens need of these, detached; a segment's is committed after its backward."""
 
-    k: Tensor
-    """[B, S, G, d] rotated keys."""
-    v: Tensor
+    k: Tensor | None
+    """[B, S, G, d] rotated keys; None with the dense core, whose view has them."""
+    v: Tensor | None
     """[B, S, G, d] values."""
-    summaries: Summaries
-    """Of the chunks at hand."""
+    summaries: Summaries | None
+    """Of the chunks at hand; None with the dense core without recall."""
     queries: Tensor | None
     """[B, Q, G, d] fp64 integers: the last queries, as `View.queries` gives them; None without recall."""
-    carry_k: Tensor | None
-    """[B, G, d] EMA state of the keys after the last slot; None where nothing is fused."""
-    carry_v: Tensor | None
-    """[B, G, d] the same of the values."""
-    recalled: Tensor | None
-    """[B, n, G, R] int64 numbers in the row of the recalled chunks, -1 = none; None without recall."""
+    carry_k: Carry | None
+    """State of the keys' L2 after the last slot; None without one."""
+    carry_v: Carry | None
+    """The same of the values."""
+    recalled: Tensor | None = None
+    """[B, n, G, R] int64 numbers in the row of the recalled chunks, -1 = none; None without recalled tokens."""
 
 
 class View(Protocol):
     """Every method is pure: a recomputed forward gets the same answers."""
 
-    def carry(self, name: str, x: Tensor, decay: Tensor, documents: Documents) -> Tensor | None:
-        """EMA state [B, G, d] before slot 0 of `x` [B, S, G, d] (name: "k" or "v"), to be passed to summary.ema;
-        x[:, 0] in rows whose document begins at slot 0; None: every row begins afresh."""
+    def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> Carry | None:
+        """L2's state before slot 0 of `x` [B, S, G, d] (name: "k" or "v"), to be passed to summary.ema, or without a
+        decay to summary.prefix_mean. Of an EMA, x[:, 0] in rows whose document begins at slot 0. None: every row
+        begins afresh."""
 
     def halo(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
         """The h = min(chunks, first) chunks directly before those at hand: [B, h*C, G, d] of each, given the rotated
@@ -85,15 +89,16 @@ class View(Protocol):
         """The chunks `recalled` [B, n, G, R] by number in the row (-1: none), given halo chunks held and the rotated
         keys and values at hand [B, S, G, d]."""
 
-    def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense core: keys and values [B, T, G, d] of the row's slots up to at least the last at hand."""
+    def keys_values(self, k: Tensor, v: Tensor, level: int = 0) -> tuple[Tensor, Tensor]:
+        """Dense core: keys and values [B, T, G, d] of the row's slots up to at least the last at hand, of a level of
+        the mixture (0: the tokens)."""
 
 
 @dataclass(frozen=True)
 class Alone:
     """The slots at hand are the whole rows."""
 
-    def carry(self, name: str, x: Tensor, decay: Tensor, documents: Documents) -> None:
+    def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> None:
         """No state comes in."""
         return None
 
@@ -115,7 +120,7 @@ class Alone:
         none = k.new_empty(batch, groups, 0, 1, channels)
         return Pages(none, none, recalled.new_empty(batch, groups, 0), recalled)
 
-    def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, k: Tensor, v: Tensor, level: int = 0) -> tuple[Tensor, Tensor]:
         """Those at hand are all."""
         return k, v
 

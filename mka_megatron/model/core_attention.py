@@ -6,6 +6,7 @@ raw queries, keys and values, because fusion comes before q/k-norm and RoPE.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from mka_megatron.config.variants import block_core, recalls
 from mka_megatron.memory import hashing
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.routing import route_entropy
+from mka_megatron.memory.rows import Piece
 from mka_megatron.memory.summary import decay_logits
-from mka_megatron.memory.view import Memory
+from mka_megatron.memory.view import Memory, Update, View
 from mka_megatron.model.gate import build_gate, sharded_parameter
-from mka_megatron.model.inputs import AttentionInputs
+from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
 from mka_megatron.ops.block_attention import choose
 from mka_megatron.parallel.replicated import mark_partial
 
@@ -119,27 +121,37 @@ class VariantCore(nn.Module):
         self.statistics: tuple[Tensor, Tensor] | None = None
         self.recall_distances: Tensor | None = None
 
-    def forward(self, q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, x_SBh: Tensor, inputs: AttentionInputs,
-                q_norm: nn.Module | None, k_norm: nn.Module | None, key_bias_Gd: Tensor | None) -> Tensor:
+    def forward(self, q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, x_SBh: Tensor,
+                inputs: AttentionInputs | GenerationInputs, q_norm: nn.Module | None, k_norm: nn.Module | None,
+                key_bias_Gd: Tensor | None) -> Tensor:
         """Raw local q, k, v and the layer input -> attention output [S,B,H*d].
 
         `key_bias_Gd`: the constant part of every normed key, which the hash codes leave out; None: there is none.
         """
-        def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
-            return apply_rope(x, *((inputs.cos, inputs.sin) if positions is None else inputs.rope(positions)))
+        selector = self._selector(key_bias_Gd)
 
-        finish = Finish(q_norm or _identity, k_norm or _identity, rotate)
-        memory = Memory(inputs.history.view(self.layer), inputs.chunks, self._selector(key_bias_Gd), self.backend)
+        def attend(at: AttentionInputs, view: View, q: Tensor, k: Tensor, v: Tensor, *route: Any) -> tuple[Any, ...]:
+            def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
+                return apply_rope(x, *((at.cos, at.sin) if positions is None else at.rope(positions)))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *route: Any) -> tuple[Any, ...]:
             return self.variant.attend(
-                q, k, v, finish=finish, route=RouteInputs(*route) if route else None,
-                documents=inputs.documents, scale=self.scale, config=self.config, memory=memory,
+                q, k, v, finish=Finish(q_norm or _identity, k_norm or _identity, rotate),
+                route=RouteInputs(*route) if route else None, documents=at.documents, scale=self.scale,
+                config=self.config, memory=Memory(view, at.chunks, selector, self.backend),
             )
 
-        arguments = [t.transpose(0, 1) for t in (q_SBHd, k_SBGd, v_SBGd)]
-        if self.route is not None:
-            arguments += self.route(q_SBHd, x_SBh)
+        raw = [t.transpose(0, 1) for t in (q_SBHd, k_SBGd, v_SBGd)]
+        route = () if self.route is None else self.route(q_SBHd, x_SBh)
+        if isinstance(inputs, GenerationInputs):
+            out = self._generate(inputs, attend, raw, route)
+        else:
+            out = self._attend(inputs, attend, raw, route)
+        # [B,S,H,d] -> [S,B,H*d]
+        return out.transpose(0, 1).flatten(2)
+
+    def _attend(self, inputs: AttentionInputs, attend: Callable[..., tuple[Any, ...]], raw: list[Tensor],
+                route: tuple[Tensor | None, ...]) -> Tensor:
+        arguments = (inputs, inputs.history.view(self.layer), *raw, *route)
         if self.recompute and self.training and torch.is_grad_enabled():
             out, weights, *update = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -150,8 +162,19 @@ class VariantCore(nn.Module):
             inputs.history.stage(self.layer, each)
             if each.recalled is not None and inputs.chunks is not None:
                 self.recall_distances = _distances(each.recalled, inputs.chunks)
-        # [B,S,H,d] -> [S,B,H*d]
-        return out.transpose(0, 1).flatten(2)
+        return out
+
+    def _generate(self, inputs: GenerationInputs, attend: Callable[..., tuple[Any, ...]], raw: list[Tensor],
+                  route: tuple[Tensor | None, ...]) -> Tensor:
+        logits, beta, decay_k, decay_v, core_logits = route or (None,) * 5
+
+        def core(piece: Piece, view: View, q: Tensor, k: Tensor, v: Tensor, mine: Tensor | None,
+                 of_core: Tensor | None) -> tuple[Tensor, Update | None]:
+            of_route = (mine, beta, decay_k, decay_v, of_core) if route else ()
+            out, _, *update = attend(inputs.of(piece), view, q, k, v, *of_route)
+            return out, update[0] if update else None
+
+        return inputs.generation.attend(self.layer, core, *raw, logits, core_logits)
 
     def _selector(self, key_bias_Gd: Tensor | None) -> hashing.Selector | None:
         if not self.recalls:

@@ -13,9 +13,10 @@ from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import needs_chunks
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
+from mka_megatron.memory.generation import Generation
 from mka_megatron.memory.view import History, NoHistory
 from mka_megatron.model.core_attention import VariantCore
-from mka_megatron.model.inputs import AttentionInputs
+from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
 from mka_megatron.model.rope import RotaryTable
 from mka_megatron.parallel.context import RankHistory
 from mka_megatron.parallel.exchange import Traffic
@@ -76,6 +77,28 @@ class GPT(GPTModel):
         if labels is None:
             return out[..., : self.real_vocab_size]
         return out.masked_fill(labels < 0, 0.0)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, generation: Generation, valid: Tensor | None = None) -> Tensor:
+        """Append tokens to rows that are being generated.
+
+        Args:
+            tokens: [B,T] int64.
+            generation: what is remembered of the B rows, changed.
+            valid: [B,T] bool, the slots that hold tokens; None: all.
+
+        Returns:
+            logits [B,T,vocab_size] of the tokens after these, gathered over tensor-parallel ranks.
+        """
+        generation.begin(tokens.shape[1], valid)
+        out = super().forward(
+            input_ids=tokens,
+            position_ids=torch.zeros_like(tokens),
+            attention_mask=None,
+            packed_seq_params=GenerationInputs(rope=self.rope, generation=generation),
+            runtime_gather_output=True,
+        )
+        return out[..., : self.real_vocab_size]
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B,S], logits [S,B,V/tp] -> nll [B,S]; padded vocabulary entries take no probability."""

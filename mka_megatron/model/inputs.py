@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.view import History
+from mka_megatron.memory.generation import Generation
+from mka_megatron.memory.rows import Piece
+from mka_megatron.memory.view import History, NoHistory
 from mka_megatron.model.rope import RotaryTable
 
 
@@ -32,3 +34,23 @@ class AttentionInputs(PackedSeqParams):
     """Chunks of the rows; None where the variant works on none."""
     history: History
     """What the layers see of the slots before those at hand."""
+
+
+@dataclass(kw_only=True)
+class GenerationInputs(PackedSeqParams):
+    """The same of a pass over the next tokens of rows, which every layer goes through piece by piece."""
+
+    qkv_format: str = "sbhd"
+    rope: RotaryTable
+    generation: Generation
+
+    def of(self, piece: Piece) -> AttentionInputs:
+        """Inputs of a piece's slots at hand; what lies before them the piece's view knows."""
+        cos, sin = piece.documents.once(_tables, self.rope)
+        return AttentionInputs(
+            documents=piece.documents, cos=cos, sin=sin, rope=self.rope, chunks=piece.continued.chunks, history=NoHistory(),
+        )
+
+
+def _tables(documents: Documents, rope: RotaryTable) -> tuple[Tensor, Tensor]:
+    return rope(documents.positions)

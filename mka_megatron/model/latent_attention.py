@@ -6,6 +6,8 @@ low-rank latents; position enters through a decoupled rotary part, its key share
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mka_megatron.attention.mla import latent_attention
 from mka_megatron.config.schema import Config
-from mka_megatron.model.inputs import AttentionInputs
+from mka_megatron.memory.rows import Piece
+from mka_megatron.memory.view import View
+from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
 from mka_megatron.model.norm import RMSNorm
 from mka_megatron.parallel.regions import copy_to_region
 from mka_megatron.parallel.replicated import mark_partial
@@ -71,7 +75,8 @@ class LatentSelfAttention(MegatronModule):
         return mark_partial(weight) if self.config.sequence_parallel else weight
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-                packed_seq_params: AttentionInputs, **unused: object) -> tuple[Tensor, Tensor | None]:
+                packed_seq_params: AttentionInputs | GenerationInputs,
+                **unused: object) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S,B,hidden] ([S/tp,B,hidden] under sequence parallelism) -> (output, bias), same shape."""
         mla = self.mla
         query_input = hidden_states
@@ -86,19 +91,26 @@ class LatentSelfAttention(MegatronModule):
         else:
             k_rope = copy_to_region(k_rope, self.tp_group)
 
-        view = packed_seq_params.history.view(self.layer)
-
-        def attend(q_SBHd: Tensor, kv_SBHd: Tensor, k_rope_SBr: Tensor) -> Tensor:
+        def attend(at: AttentionInputs, view: View, q_BSHd: Tensor, kv_BSHd: Tensor, k_rope_BSr: Tensor) -> Tensor:
             return latent_attention(
-                q_SBHd.transpose(0, 1), kv_SBHd.transpose(0, 1), k_rope_SBr.transpose(0, 1), packed_seq_params.cos,
-                packed_seq_params.sin, packed_seq_params.documents, nope=mla.qk_nope_head_dim, scale=self.query_dim**-0.5,
-                view=view,
+                q_BSHd, kv_BSHd, k_rope_BSr, at.cos, at.sin, at.documents, nope=mla.qk_nope_head_dim,
+                scale=self.query_dim**-0.5, view=view,
             )
 
-        arguments = (q.unflatten(-1, (self.heads, -1)), kv.unflatten(-1, (self.heads, -1)), k_rope)
-        if self.recompute and self.training and torch.is_grad_enabled():
-            out = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
+        heads = (x.unflatten(-1, (self.heads, -1)) for x in (q, kv))
+        arguments = [x.transpose(0, 1) for x in (*heads, k_rope)]
+        if isinstance(packed_seq_params, GenerationInputs):
+            out = self._generate(packed_seq_params, attend, arguments)
+        elif self.recompute and self.training and torch.is_grad_enabled():
+            view = packed_seq_params.history.view(self.layer)
+            out = checkpoint(attend, packed_seq_params, view, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            out = attend(*arguments)
+            out = attend(packed_seq_params, packed_seq_params.history.view(self.layer), *arguments)
         # [B,S,H,dv] -> [S,B,H*dv]
         return self.linear_proj(out.transpose(0, 1).flatten(2))
+
+    def _generate(self, inputs: GenerationInputs, attend: Callable[..., Tensor], arguments: list[Tensor]) -> Tensor:
+        def core(piece: Piece, view: View, *at_hand: Tensor) -> tuple[Tensor, None]:
+            return attend(inputs.of(piece), view, *at_hand), None
+
+        return inputs.generation.attend(self.layer, core, *arguments)

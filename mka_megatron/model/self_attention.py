@@ -12,7 +12,7 @@ from mka_megatron.attention.registry import Variant
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import recalls
 from mka_megatron.model.core_attention import VariantCore
-from mka_megatron.model.inputs import AttentionInputs
+from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
 
 
 class GroupedSelfAttention(SelfAttention):
@@ -29,7 +29,8 @@ class GroupedSelfAttention(SelfAttention):
             self.linear_qkv.register_forward_hook(self._keep_key_bias)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-                packed_seq_params: AttentionInputs, **unused: object) -> tuple[Tensor, Tensor | None]:
+                packed_seq_params: AttentionInputs | GenerationInputs,
+                **unused: object) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S,B,hidden] ([S/tp,B,hidden] under sequence parallelism) -> (output, bias), same shape."""
         q, k, v = self._raw_query_key_value(hidden_states)
         core = self.core_attention(q, k, v, hidden_states, packed_seq_params, self.q_layernorm, self.k_layernorm,

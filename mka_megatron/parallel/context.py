@@ -59,9 +59,11 @@ class RankView:
     traffic: Traffic
     """Counts the bytes that this rank sends."""
 
-    def carry(self, name: str, x: Tensor, decay: Tensor, documents: Documents) -> Tensor:
+    def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> Tensor:
         """EMA state before slot 0, [B, G, d] in fp32 (fp64 for fp64 x): the ranks' last states without a carry,
-        decayed by the tokens between. See View."""
+        decayed by the tokens between. See View. Raises ValueError without a decay."""
+        if decay is None:
+            raise ValueError("memory_hierarchy.l2.summary is mean: ranks hand on the state of an ema only.")
         plan = documents.once(_carry_plan)
         wide = torch.promote_types(x.dtype, torch.float32)
         begun = x[:, 0].to(wide)
@@ -141,7 +143,7 @@ class RankView:
         index = torch.where(flat < held, paged, flat - held).masked_fill(flat < 0, -1)
         return Pages(pages_k, pages_v, lengths, index.unflatten(2, (table.count, -1)).transpose(1, 2))
 
-    def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, k: Tensor, v: Tensor, level: int = 0) -> tuple[Tensor, Tensor]:
         """See View."""
         k, v = gather_before((k, v), self.group, self.traffic, "keys and values")
         return k, v

@@ -66,7 +66,7 @@ def fused_after_projection(p: dict[str, Tensor], bias: bool, norm: bool, where, 
         return lambda heads: oracle.rms_norm(heads, p[name], 1e-6) if norm else heads
 
     decay = p["decay"] if summary == "ema" else None
-    out, _ = fastmka.attend(
+    out, *_ = fastmka.attend(
         q.view(B, S, H, D), k.view(B, S, G, D), v.view(B, S, G, D),
         finish=Finish(normed("q_norm"), normed("k_norm"), lambda x, _: apply_rope(x, cos, sin)), route=RouteInputs(p["logits"], p["beta"], decay, decay),
         documents=where, scale=SCALE, config=Config(),
@@ -108,7 +108,7 @@ def config(fuse: str = "kv", mode: str = "soft") -> Config:
 
 
 def attend(q, k, v, route, where, run: Config):
-    return fastmka.attend(q, k, v, finish=FINISH, route=route, documents=where, scale=SCALE, config=run)
+    return fastmka.attend(q, k, v, finish=FINISH, route=route, documents=where, scale=SCALE, config=run)[:2]
 
 
 @pytest.mark.parametrize("mode", ["soft", "fixed", "top1", "top2"])

@@ -98,7 +98,7 @@ class Layer:
         return variant.attend(
             self.q, self.k, self.v, finish=self.finish, route=self.route, documents=self.where, scale=SCALE,
             config=self.config, memory=self.memory(),
-        )  # fmt: skip
+        )[:2]  # fmt: skip
 
     def long_term(self, selector: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
         where = (self.where.starts, self.where.padding, C)
@@ -137,7 +137,7 @@ def tokens(where: Documents) -> Tensor:
 def test_the_level_is_that_of_the_loop(documents: str, selector: str) -> None:
     layer = Layer.make(documents)
     k3, v3, exists = layer.long_term(selector)
-    found = l3_level(layer.q, layer.k, layer.v, layer.finish, layer.where, SCALE, layer.memory(selector))
+    found = l3_level(layer.q, layer.k, layer.v, layer.finish, layer.where, SCALE, layer.memory(selector))[:2]
     real = tokens(layer.where)[..., None, None]
     levels, exact = torch.stack(found) * real, torch.stack((k3, v3))
     assert_same(levels, exact, terms=S)
@@ -392,12 +392,12 @@ class Before(Alone):
 @pytest.mark.parametrize("begin", [8, 24, 40])
 def test_a_part_of_the_rows_gets_the_level_of_the_rows(begin: int, documents: str) -> None:
     layer = Layer.make(documents)
-    whole = l3_level(layer.q, layer.k, layer.v, layer.finish, layer.where, SCALE, layer.memory())
+    whole = l3_level(layer.q, layer.k, layer.v, layer.finish, layer.where, SCALE, layer.memory())[:2]
     part = layer.where.part(begin, S)
     view = Before(layer.q[:, :begin], layer.k[:, :begin], layer.v[:, :begin], layer, begin)
     memory = Memory(view, Chunks.of(part, C), SELECTORS["exact"])
     q, k, v = (x[:, begin:] for x in (layer.q, layer.k, layer.v))
-    found = l3_level(q, k, v, layer.finish, part, SCALE, memory)
+    found = l3_level(q, k, v, layer.finish, part, SCALE, memory)[:2]
     for level, expected in zip(found, whole, strict=True):
         assert_same(level, expected[:, begin:], terms=D)
     late = available(layer.route.logits[:, begin:], layer.config, memory)

@@ -43,7 +43,7 @@ def rotated(where: Documents) -> Finish:
 def attend(q, k, v, route, where, config):
     return mka.attend(
         q, k, v, finish=rotated(where), route=route, documents=where, scale=SCALE, config=config
-    )
+    )[:2]
 
 
 def both_levels(q, k, v, route, where) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -28,7 +28,7 @@ class Prefix(Alone):
     k: Tensor
     v: Tensor
 
-    def keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, k: Tensor, v: Tensor, level: int = 0) -> tuple[Tensor, Tensor]:
         return self.k, self.v
 
 
