@@ -23,10 +23,10 @@ from types import FrameType
 from tqdm import tqdm
 
 from mka_megatron.config.errors import ConfigError
-from mka_megatron.conversion import manifest
 from mka_megatron.conversion.hub import local
-from mka_megatron.conversion.source import CONFIG, LARGEST_CONFIG, Source
 from mka_megatron.conversion.stream import Report
+from mka_megatron.files import manifest
+from mka_megatron.files.source import CONFIG, LARGEST_CONFIG, Source
 
 FASTMKA = Path(__file__).parents[1] / "configs" / "attention" / "fastmka.yaml"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -94,7 +94,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     import mka_megatron.hf  # noqa: F401 - registers our models
     from mka_megatron.conversion import verification
-    from mka_megatron.conversion.jsonfile import read_object
+    from mka_megatron.files.jsonfile import read_object
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

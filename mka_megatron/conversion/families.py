@@ -9,8 +9,8 @@ from typing import Any
 from mka_megatron.config.errors import ConfigError, show
 from mka_megatron.config.hf_sections import BASE_TYPES
 from mka_megatron.config.schema import ModelConfig
-from mka_megatron.conversion.header import Stored
-from mka_megatron.conversion.source import CONFIG, Source
+from mka_megatron.files.header import Stored
+from mka_megatron.files.source import CONFIG, Source
 
 HEAD = "lm_head.weight"
 FLOATS = ("BF16", "F16", "F32", "F64")

@@ -14,13 +14,15 @@ from mka_megatron.config.errors import ConfigError, refuse
 from mka_megatron.config.load import load_attention
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import GATED
-from mka_megatron.conversion import families, manifest
-from mka_megatron.conversion.header import BYTES
-from mka_megatron.conversion.jsonfile import dump, read_bytes
-from mka_megatron.conversion.manifest import Digest
+from mka_megatron.conversion import families
 from mka_megatron.conversion.publish import check_output, published
 from mka_megatron.conversion.route import route_tensors
-from mka_megatron.conversion.source import (
+from mka_megatron.conversion.stream import DTYPES, Mover, Progress, quiet, write_tensors
+from mka_megatron.files import manifest
+from mka_megatron.files.header import BYTES
+from mka_megatron.files.jsonfile import dump, read_bytes
+from mka_megatron.files.manifest import Digest
+from mka_megatron.files.source import (
     CONFIG,
     INDEX,
     LARGEST_CONFIG,
@@ -29,7 +31,6 @@ from mka_megatron.conversion.source import (
     Source,
     open_source,
 )
-from mka_megatron.conversion.stream import DTYPES, Mover, Progress, quiet, write_tensors
 
 ADDED = "model-mka.safetensors"
 """The file that an import adds."""

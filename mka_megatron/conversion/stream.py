@@ -1,12 +1,13 @@
 """Weights from file to file through a few buffers: hashed, looked at and written in one pass.
 
-The caller's thread reads and writes while another one hashes and looks for values that are not finite.
+One thread reads ahead, one hashes and looks for values that are not finite, and the caller's writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from mka_megatron.config.errors import ConfigError, show
-from mka_megatron.conversion.header import Header, encode_header
-from mka_megatron.conversion.manifest import Digest
+from mka_megatron.files.header import Header, encode_header
+from mka_megatron.files.manifest import Digest
 
 CHUNK = 2 << 20
 """Bytes moved at a time."""
-_BUFFERS = 4
+_BUFFERS = 8
 Report = Callable[[int], object]
 """Is told of bytes that were moved."""
 Progress = Callable[[int], AbstractContextManager[Report]]
@@ -42,19 +43,20 @@ def quiet(total: int) -> AbstractContextManager[Report]:
 
 
 class Mover:
-    """Copies files in chunks; a context manager that owns the buffers and the hashing thread."""
+    """Copies files in chunks; a context manager that owns the buffers and the threads."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
         self._buffers = [bytearray(CHUNK) for _ in range(_BUFFERS)]
         self._scratch = bytearray(CHUNK)
-        self._pool = ThreadPoolExecutor(1)
+        self._reader, self._looker = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __enter__(self) -> Mover:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._reader, self._looker):
+            pool.shutdown(cancel_futures=True)
 
     def copy(self, source: Path, target: Path) -> Digest:
         """Copy a file as it is; raises ConfigError where it cannot be read, OSError where it cannot be written."""
@@ -85,7 +87,6 @@ class Mover:
         read = hashlib.sha256()
         written = hashlib.sha256(lead) if lead else None
         sizes = [0, len(lead)]
-        pending: list[Future[None] | None] = [None] * _BUFFERS
 
         def look(chunk: memoryview, tensor: tuple[str, str] | None, kept: bool) -> None:
             read.update(chunk)
@@ -97,21 +98,28 @@ class Mover:
 
         with _reading(source) as stream, open(target, "xb", buffering=0) as out:
             _write(out, lead)
-            for number, (begin, length, tensor, kept) in enumerate(_chunks(pieces)):
-                slot = number % _BUFFERS
-                if (before := pending[slot]) is not None:
-                    before.result()
-                chunk = memoryview(self._buffers[slot])[:length]
-                _fill(stream, chunk, source, begin)
-                pending[slot] = self._pool.submit(look, chunk, tensor, kept)
+            chunks = _chunks(pieces)
+            free = deque(self._buffers)
+            filling: deque[tuple[Future[None], bytearray, memoryview, _Piece]] = deque()
+            looking: deque[tuple[Future[None], bytearray]] = deque()
+            while True:
+                while free and (piece := next(chunks, None)) is not None:
+                    chunk = memoryview(buffer := free.popleft())[: piece[1]]
+                    filling.append((self._reader.submit(_fill, stream, chunk, source, piece[0]), buffer, chunk, piece))
+                if not filling:
+                    break
+                filled, buffer, chunk, (_, length, tensor, kept) = filling.popleft()
+                filled.result()
+                looking.append((self._looker.submit(look, chunk, tensor, kept), buffer))
                 sizes[0] += length
                 if kept:
                     _write(out, chunk)
                     sizes[1] += length
                 self._report(length)
-            for last in pending:
-                if last is not None:
-                    last.result()
+                while looking and (not filling or looking[0][0].done()):
+                    looked, buffer = looking.popleft()
+                    looked.result()
+                    free.append(buffer)
             os.fsync(out.fileno())
         found = Digest(sizes[0], read.hexdigest())
         return found, found if written is None else Digest(sizes[1], written.hexdigest())

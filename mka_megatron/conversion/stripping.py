@@ -10,12 +10,13 @@ from mka_megatron.config import hf_sections
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.from_hf import read_model, read_sections
 from mka_megatron.config.schema import ModelConfig
-from mka_megatron.conversion import families, manifest
+from mka_megatron.conversion import families
 from mka_megatron.conversion.importing import BASE, copy_others
-from mka_megatron.conversion.jsonfile import dump, parse_object
 from mka_megatron.conversion.publish import check_output, published
-from mka_megatron.conversion.source import CONFIG, INDEX, SINGLE, Source, open_source
 from mka_megatron.conversion.stream import Mover, Progress, quiet
+from mka_megatron.files import manifest
+from mka_megatron.files.jsonfile import dump, parse_object
+from mka_megatron.files.source import CONFIG, INDEX, SINGLE, Source, open_source
 
 
 def strip_model(directory: Path, output: Path, *, progress: Progress = quiet) -> Source:

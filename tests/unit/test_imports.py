@@ -13,14 +13,16 @@ PACKAGE = Path(__file__).parents[2] / "mka_megatron"
 # What each folder may import from the package, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "files": {"config"},
     "ops": {"config"},
     "memory": {"ops", "config"},
     "attention": {"ops", "memory", "config"},
     "parallel": {"memory", "config"},
     "data": {"memory", "config"},
     "evaluation": {"memory", "config", "data"},
-    "model": {"attention", "parallel", "ops", "memory", "config"},
-    "conversion": {"model", "attention", "ops", "memory", "config"},
+    "hf": {"attention", "ops", "memory", "config"},
+    "model": {"attention", "parallel", "files", "ops", "memory", "config"},
+    "conversion": {"training", "model", "files", "attention", "ops", "memory", "config"},
     "training": {"attention", "parallel", "ops", "memory", "config", "model", "data"},
 }
 MEGATRON = {"model", "parallel"}

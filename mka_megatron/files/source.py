@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mka_megatron.config.errors import ConfigError, show
-from mka_megatron.conversion import manifest as manifests
-from mka_megatron.conversion.header import Header, Stored, read_header
-from mka_megatron.conversion.jsonfile import read_object
-from mka_megatron.conversion.manifest import Digest, Manifest
+from mka_megatron.files import manifest as manifests
+from mka_megatron.files.header import Header, Stored, read_header
+from mka_megatron.files.jsonfile import read_object
+from mka_megatron.files.manifest import Digest, Manifest
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mka_megatron.config.errors import ConfigError, show
-from mka_megatron.conversion.jsonfile import parse_object
+from mka_megatron.files.jsonfile import parse_object
 
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mka_megatron.config.errors import ConfigError, show
-from mka_megatron.conversion.jsonfile import dump, read_object
+from mka_megatron.files.jsonfile import dump, read_object
 
 NAME = "mka_manifest.json"
 LARGEST = 32 << 20

@@ -1,0 +1,1 @@
+"""Files of Hugging Face directories, checked before anything relies on them."""
