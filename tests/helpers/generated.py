@@ -13,7 +13,13 @@ from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.attention.rope import apply_rope
 from mka_megatron.config.schema import (
-    AttentionConfig, Config, L1Config, L2Config, L3Config, MemoryConfig, RoutingConfig,
+    AttentionConfig,
+    Config,
+    L1Config,
+    L2Config,
+    L3Config,
+    MemoryConfig,
+    RoutingConfig,
 )  # fmt: skip
 from mka_megatron.memory import hashing
 from mka_megatron.memory.chunks import Chunks
@@ -90,7 +96,9 @@ class Layer:
 
         self.config, self.variant = case.config, VARIANTS[case.variant]
         self.groups = {"mha": H, "mqa": 1, "mla": H}.get(case.variant, 2)
-        self.chunked = self.config.memory_hierarchy.l3.enabled or self.config.memory_hierarchy.l1.window is not None
+        self.chunked = (
+            self.config.memory_hierarchy.l3.enabled or self.config.memory_hierarchy.l1.window is not None
+        )
         self.latent = self.variant.projection == "latent"
         self.weights = [draw(HIDDEN, n) for n in (
             (H * D, H * (D - 4 + D), 4) if self.latent else (H * D, self.groups * D, self.groups * D))]  # fmt: skip
@@ -98,7 +106,9 @@ class Layer:
         counts = (self.variant.levels(self.config), self.variant.core_levels(self.config))
         self.gates = [draw(HIDDEN, routes * count) if count > 1 else None for count in counts]
         self.routes = routes
-        mean = self.config.memory_hierarchy.l2.summary == "mean" or not self.config.memory_hierarchy.l2.enabled
+        mean = (
+            self.config.memory_hierarchy.l2.summary == "mean" or not self.config.memory_hierarchy.l2.enabled
+        )
         self.decay = None if mean else torch.rand(self.groups, D, dtype=torch.float64, generator=generator)
         self.beta = torch.full((1,), 0.7, dtype=torch.float64)
         self.norm = torch.rand(D, dtype=torch.float64, generator=generator) + 0.5
@@ -131,7 +141,9 @@ class Layer:
             route = RouteInputs(logits, self.beta, *decays, core)
 
         def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
-            return apply_rope(x, *oracle.tables(documents.positions if positions is None else positions, D, 1e4))
+            return apply_rope(
+                x, *oracle.tables(documents.positions if positions is None else positions, D, 1e4)
+            )
 
         def norm(x: Tensor) -> Tensor:
             return oracle.rms_norm(x, self.norm, 1e-6)
@@ -150,7 +162,12 @@ class Layer:
     def begun(self, batch: int, store: TierStore | None = None) -> Generation:
         """A memory of `batch` rows."""
         return Generation(
-            self.config, layers=1, heads=range(self.groups), batch=batch, device=torch.device("cpu"), store=store
+            self.config,
+            layers=1,
+            heads=range(self.groups),
+            batch=batch,
+            device=torch.device("cpu"),
+            store=store,
         )
 
     def step(self, memory: Generation, x: Tensor, valid: Tensor | None = None) -> Tensor:

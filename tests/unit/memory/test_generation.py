@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from mka_megatron.memory.tiers.store import TierStore
-from tests.helpers.generated import C, CASES, HIDDEN, SHAPES, Case, Layer, Rows
+from tests.helpers.generated import CASES, HIDDEN, SHAPES, C, Case, Layer, Rows
 from tests.helpers.numerics import assert_bitwise, assert_same
 from tests.helpers.tier_pages import store as open_pages
 
 GATED = [name for name, case in CASES.items() if case.variant not in ("mha", "mqa", "gqa", "mla")]
-PAGED = [name for name, case in CASES.items() if case.l3 is not None and case.config.memory_hierarchy.l1.window]
+PAGED = [
+    name for name, case in CASES.items() if case.l3 is not None and case.config.memory_hierarchy.l1.window
+]
 
 
 def shape(case: Case):
@@ -187,4 +189,6 @@ def test_a_pass_without_tokens_is_refused() -> None:
     layer = Layer(CASES["gqa"])
     memory = layer.begun(2)
     with pytest.raises(ValueError, match="no new token"):
-        layer.step(memory, torch.zeros(2, 1, HIDDEN, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.bool))
+        layer.step(
+            memory, torch.zeros(2, 1, HIDDEN, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.bool)
+        )
