@@ -18,14 +18,14 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from mka_megatron.memory.tiers import channels, ssd
-from mka_megatron.memory.tiers.channels import Channel
+from mka_megatron.memory.tiers.channels import Channel, Stretch
 from mka_megatron.memory.tiers.pages import PageKey, Seal, TierError
 from mka_megatron.memory.tiers.store import TierStore
 from tests.helpers.tier_pages import RECORD, SMALL, Content, bits, content, store
@@ -44,26 +44,34 @@ class Faulty:
         self.buffer = channel.buffer
         self._channel, self._shared, self._dice = channel, shared, dice
 
-    def read(self, path: Path, offset: int, count: int) -> None:
-        """Or not, or with a bit flipped."""
-        fault = self._shared.pop("read", None)
+    def read(self, stretches: Sequence[Stretch]) -> list[OSError | None]:
+        """Or one of them not, or with a bit flipped."""
+        fault = self._shared.pop("read", None) if stretches else None
+        if fault is None:
+            return self._channel.read(stretches)
+        struck = self._dice.randrange(len(stretches))
+        begin = sum(stretch.size for stretch in stretches[:struck])
+        count = stretches[struck].count
+        before = self.buffer[begin : begin + count].clone()
+        problems = self._channel.read(stretches)
         if fault == "fails":
-            raise OSError(errno.EIO, "Input/output error")
-        if fault != "does nothing":
-            self._channel.read(path, offset, count)
+            problems[struck] = OSError(errno.EIO, "Input/output error")
         if fault == "flips a bit":
-            self.buffer[self._dice.randrange(count)] ^= 1 << self._dice.randrange(8)
+            self.buffer[begin + self._dice.randrange(count)] ^= 1 << self._dice.randrange(8)
+        if fault == "does nothing":
+            self.buffer[begin : begin + count] = before
+        return problems
 
-    def write(self, path: Path, offset: int, count: int) -> None:
-        """Or not, or half, or with a bit flipped."""
+    def write(self, stretches: Sequence[Stretch]) -> None:
+        """Or one of them not, or with a bit flipped."""
         fault = self._shared.pop("write", None)
         if fault == "fails":
             raise OSError(errno.EIO, "Input/output error")
-        place = self._dice.randrange(count)
+        place = self._dice.randrange(sum(stretch.size for stretch in stretches))
         flip = 1 << self._dice.randrange(8) if fault == "flips a bit" else 0
         self.buffer[place] ^= flip
         if fault != "does nothing":
-            self._channel.write(path, offset, count)
+            self._channel.write(stretches)
         self.buffer[place] ^= flip
 
     def close(self) -> None:

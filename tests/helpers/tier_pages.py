@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mka_megatron.config.schema import L3Config, MemoryConfig
+from mka_megatron.memory.tiers import ssd
 from mka_megatron.memory.tiers.opening import open_store
 from mka_megatron.memory.tiers.pages import PageKey, PageShape
 from mka_megatron.memory.tiers.store import TierStore
@@ -16,8 +17,8 @@ from mka_megatron.memory.tiers.store import TierStore
 CPU = torch.device("cpu")
 SMALL = PageShape(chunk_size=8, head_dim=6, dtype=torch.float32, signature_words=2)
 RECORD = SMALL.record_bytes(4096)
-IO_BUFFERS = 10
-"""Of one page each, when host memory is this small: two of writers, eight of readers."""
+IO_BUFFERS = ssd.WRITERS + ssd.READERS
+"""Of one page each, when host memory is this small."""
 GIB = 1 << 30
 
 

@@ -1,4 +1,4 @@
-"""Blocking reads and writes of one file at a time, past the page cache where the file system allows it.
+"""Blocking reads and writes of stretches of files, past the page cache where the file system allows it.
 
 A channel belongs to one stream at a time and owns an aligned buffer, which everything passes through. It is
 DeepSpeed's `aio_handle` (several blocks in flight), or plain preadv and pwritev where libaio, its build or the
@@ -11,9 +11,11 @@ import ctypes
 import functools
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,17 +27,25 @@ _QUEUE_DEPTH = 32
 Backend = Literal["auto", "aio", "plain"]
 
 
+class Stretch(NamedTuple):
+    """Consecutive bytes of a file."""
+
+    path: Path
+    offset: int
+    size: int
+
+
 class Channel(Protocol):
     """One stream; offsets, counts and the buffer are aligned."""
 
     buffer: Tensor
-    """uint8, where reads arrive and writes start."""
+    """uint8, where reads arrive and writes start: stretches from its head on, one behind the other."""
 
-    def read(self, path: Path, offset: int, count: int) -> None:
-        """Fill the head of the buffer with `count` bytes; the file is known to reach that far. Raises OSError."""
+    def read(self, stretches: Sequence[Stretch]) -> list[OSError | None]:
+        """Read them; the files are known to reach that far. Returns for each what went wrong, if anything."""
 
-    def write(self, path: Path, offset: int, count: int) -> None:
-        """Write the buffer's first `count` bytes, and check that they arrived. Raises OSError."""
+    def write(self, stretches: Sequence[Stretch]) -> None:
+        """Write them, and check that they arrived. Raises OSError for the first that did not."""
 
     def close(self) -> None:
         """Give the buffer back."""
@@ -50,20 +60,29 @@ class PlainChannel:
         self._bytes = self.buffer.numpy().data
         self._flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
 
-    def read(self, path: Path, offset: int, count: int) -> None:
+    def read(self, stretches: Sequence[Stretch]) -> list[OSError | None]:
         """As the protocol says."""
-        self._whole(os.preadv, path, os.O_RDONLY, offset, count)
+        problems: list[OSError | None] = []
+        for part, stretch in _placed(stretches):
+            try:
+                self._whole(os.preadv, os.O_RDONLY, self._bytes[part], stretch)
+                problems.append(None)
+            except OSError as error:
+                problems.append(error)
+        return problems
 
-    def write(self, path: Path, offset: int, count: int) -> None:
+    def write(self, stretches: Sequence[Stretch]) -> None:
         """As the protocol says: the system's count is the proof."""
-        self._whole(os.pwritev, path, os.O_WRONLY, offset, count)
+        for part, stretch in _placed(stretches):
+            self._whole(os.pwritev, os.O_WRONLY, self._bytes[part], stretch)
 
-    def _whole(self, move: Callable[..., int], path: Path, mode: int, offset: int, count: int) -> None:
+    def _whole(self, move: Callable[..., int], mode: int, part: memoryview, stretch: Stretch) -> None:
+        path, offset, count = stretch
         file = os.open(path, mode | self._flags)
         try:
             done = 0
             while done < count:
-                moved = move(file, [self._bytes[done:count]], offset + done)
+                moved = move(file, [part[done:]], offset + done)
                 if moved == 0 or (moved % ALIGNMENT and done + moved < count):
                     raise OSError(f"only {done + moved} of {count} bytes at {offset} moved")
                 done += moved
@@ -90,26 +109,41 @@ class AioChannel:
         self.buffer = self._locked[:buffer_bytes]
         self._tail = self._locked[buffer_bytes:]
 
-    def read(self, path: Path, offset: int, count: int) -> None:
+    def read(self, stretches: Sequence[Stretch]) -> list[OSError | None]:
         """As the protocol says."""
-        if self._handle.sync_pread(self.buffer[:count], str(path), offset) != 1:
-            raise OSError(f"DeepSpeed's aio cannot read {count} bytes at {offset}")
+        begun = [
+            self._handle.async_pread(self.buffer[part], str(path), offset) == 0
+            for part, (path, offset, _) in _placed(stretches)
+        ]
+        if any(begun):
+            self._handle.wait()
+        return [
+            None if fine else OSError(f"DeepSpeed's aio cannot read {count} bytes at {offset}")
+            for fine, (_, offset, count) in zip(begun, stretches, strict=True)
+        ]
 
-    def write(self, path: Path, offset: int, count: int) -> None:
+    def write(self, stretches: Sequence[Stretch]) -> None:
         """As the protocol says."""
-        self._tail.bitwise_not_()
-        written = self._handle.sync_pwrite(self.buffer[:count], str(path), offset)
-        end = offset + count
-        if written != 1 or os.stat(path).st_size < end:
-            raise OSError(f"DeepSpeed's aio cannot write {count} bytes at {offset}")
-        read = self._handle.sync_pread(self._tail, str(path), end - ALIGNMENT)
-        if read != 1 or not torch.equal(self._tail, self.buffer[count - ALIGNMENT : count]):
-            raise OSError(f"{count} bytes written at {offset} are not there when read back")
+        for part, (path, offset, count) in _placed(stretches):
+            self._tail.bitwise_not_()
+            written = self._handle.sync_pwrite(self.buffer[part], str(path), offset)
+            end = offset + count
+            if written != 1 or os.stat(path).st_size < end:
+                raise OSError(f"DeepSpeed's aio cannot write {count} bytes at {offset}")
+            read = self._handle.sync_pread(self._tail, str(path), end - ALIGNMENT)
+            if read != 1 or not torch.equal(self._tail, self.buffer[part][-ALIGNMENT:]):
+                raise OSError(f"{count} bytes written at {offset} are not there when read back")
 
     def close(self) -> None:
         """As the protocol says."""
         self._handle.free_cpu_locked_tensor(self._locked)
         del self._locked, self._tail, self.buffer
+
+
+def _placed(stretches: Sequence[Stretch]) -> list[tuple[slice, Stretch]]:
+    """Each with its part of the buffer."""
+    ends = accumulate(stretch.size for stretch in stretches)
+    return [(slice(end - stretch.size, end), stretch) for end, stretch in zip(ends, stretches, strict=True)]
 
 
 def factory(backend: Backend, folder: Path, locked_bytes: int) -> tuple[str, Callable[[int], Channel]]:
@@ -133,8 +167,12 @@ def factory(backend: Backend, folder: Path, locked_bytes: int) -> tuple[str, Cal
         reason = f"the limit on locked memory (ulimit -l) is below {locked_bytes >> 10} KiB"
     else:
         operations, reason = _deepspeed()
-        if operations is not None:
-            return "DeepSpeed aio", lambda size: AioChannel(size, operations)
+        try:
+            if operations is not None:
+                _first_write(operations, folder)
+                return "DeepSpeed aio", lambda size: AioChannel(size, operations)
+        except OSError as error:
+            reason = f"it does not write there ({error})"
     if backend == "aio":
         raise OSError(f"DeepSpeed's aio is not available: {reason}")
     kind = "with O_DIRECT" if direct else "through the page cache"
@@ -156,17 +194,31 @@ def _deepspeed() -> tuple[Any, str]:
 
 
 def _direct_io(folder: Path) -> bool:
-    probe = folder / "probe"
+    with _probe(folder) as probe:
+        return PlainChannel(ALIGNMENT, direct=True).read([probe]) == [None]
+
+
+def _first_write(operations: Any, folder: Path) -> None:
+    """At a process's first write DeepSpeed warns of worn disks, and two threads that come to it together wait for each
+    other for ever: so one makes it alone. Raises OSError when it does not arrive."""
+    channel = AioChannel(ALIGNMENT, operations)
     try:
-        os.close(os.open(probe, os.O_CREAT | os.O_RDWR, 0o600))
-        os.truncate(probe, ALIGNMENT)
-        try:
-            PlainChannel(ALIGNMENT, direct=True).read(probe, 0, ALIGNMENT)
-        except OSError:
-            return False
-        return True
+        with _probe(folder) as probe:
+            channel.buffer.fill_(1)
+            channel.write([probe])
     finally:
-        probe.unlink(missing_ok=True)
+        channel.close()
+
+
+@contextmanager
+def _probe(folder: Path) -> Iterator[Stretch]:
+    path = folder / "probe"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        os.truncate(path, ALIGNMENT)
+        yield Stretch(path, 0, ALIGNMENT)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _lockable(count: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 
 import numpy as np
@@ -56,6 +57,19 @@ class Pool:
     def give_back(self, row: int) -> None:
         """`row` may be handed out again."""
         self._returned.append(row)
+
+    def runs(self, rows: list[int]) -> Iterator[tuple[slice, np.ndarray]]:
+        """`rows` as uint8 [n, row_bytes], the rows themselves, consecutive ones together, each with which of `rows`
+        they are; host memory only."""
+        begin = 0
+        while begin < len(rows):
+            slab, index = divmod(rows[begin], self._per_slab)
+            most = min(len(rows) - begin, self._per_slab - index)
+            count = 1
+            while count < most and rows[begin + count] == rows[begin] + count:
+                count += 1
+            yield slice(begin, begin + count), self._arrays[slab][index : index + count]
+            begin += count
 
     def row(self, row: int) -> np.ndarray:
         """uint8 [row_bytes], the row itself; host memory only."""

@@ -75,7 +75,7 @@ def open_store(
             )
         dram = Pool(record_bytes, dram_rows, torch.device("cpu"), pin=device.type == "cuda")
         on_failure.pop_all()
-    return TierStore(shape, dram, disk, hot, device, seal, l3.when_full, _full(memory), close)
+    return TierStore(shape, dram, disk, hot, device, l3.when_full, _full(memory), close)
 
 
 def _disk(

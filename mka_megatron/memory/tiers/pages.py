@@ -22,9 +22,10 @@ from torch import Tensor
 _MAGIC = b"MKA page"
 _FORMAT = 1
 # magic, format, tokens, run and rank, payload bytes, generation, sequence, chunk, layer, head
-_HEADER = struct.Struct("<8sII16sQqqqii")
+_FIELDS = "<8sII16sQqqqii"
 _CHECKSUM = struct.Struct("<Q")
 _HEAD_BYTES = 128
+_HEADER = struct.Struct(f"{_FIELDS}{_HEAD_BYTES - _CHECKSUM.size - struct.calcsize(_FIELDS)}x")
 
 
 class TierError(RuntimeError):
@@ -106,14 +107,12 @@ class Seal:
         self._owner = xxhash.xxh3_128_digest(f"{run}/{rank}/{shape}".encode())
 
     def close(self, record: memoryview, key: PageKey, tokens: int) -> None:
-        """Put the header over the payload in `record`, the bytes of one."""
+        """Put header, padding and checksums around the payload in `record`, the bytes of one."""
         _HEADER.pack_into(
             record, _CHECKSUM.size, _MAGIC, _FORMAT, tokens, self._owner, self._used,
             key.generation, key.sequence, key.chunk, key.layer, key.head,
         )  # fmt: skip
-        record[_CHECKSUM.size + _HEADER.size : _HEAD_BYTES] = bytes(
-            _HEAD_BYTES - _CHECKSUM.size - _HEADER.size
-        )
+        record[self._used : -_CHECKSUM.size] = bytes(len(record) - _CHECKSUM.size - self._used)
         checksum = self._checksum(record)
         _CHECKSUM.pack_into(record, 0, checksum)
         _CHECKSUM.pack_into(record, len(record) - _CHECKSUM.size, checksum)

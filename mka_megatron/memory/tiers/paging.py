@@ -95,30 +95,31 @@ class Paging:
         """Slots of the disk in use."""
         return self._disk.segments.used if self._disk else 0
 
-    def reserve(self) -> int | None:
-        """A row for a new page, to be filled and then held or given back; None: neither memory nor the disk has room.
+    def hold(
+        self, keys: Sequence[PageKey], tokens: Sequence[int], fields: list[tuple[int, int, np.ndarray]]
+    ) -> int:
+        """Keep new pages, as many as there is room for at once; returns how many: the first of them.
 
-        Raises TierError for an earlier write that failed.
+        0: neither memory nor the disk has room. Raises TierError for an earlier write that failed.
+
+        fields: first byte in a row, the byte behind it, and uint8 [P, bytes].
         """
-        row = self._row()
-        while row is None:
+        rows = self._rows(len(keys))
+        while not rows:
             if self._writes:
                 self._wait(self._writes[0].done)
                 self.settle()
             elif self._reads:
                 self._finish(self._reads[0])
             elif not self._start_writing():
-                return None
-            row = self._row()
-        return row
-
-    def row(self, row: int) -> np.ndarray:
-        """uint8 [row bytes], the memory of a row."""
-        return self._dram.row(row)
-
-    def hold(self, key: PageKey, tokens: int, row: int) -> None:
-        """The page that fills `row`."""
-        self.pages[key] = self._dirty[key] = Page(key, tokens, row)
+                return 0
+            rows = self._rows(len(keys))
+        for places, memory in self._dram.runs(rows):
+            for begin, end, values in fields:
+                memory[:, begin:end] = values[places]
+        for key, count, row in zip(keys, tokens, rows, strict=False):
+            self.pages[key] = self._dirty[key] = Page(key, count, row)
+        return len(rows)
 
     def forget(self, key: PageKey) -> None:
         """Hold the page no longer."""
@@ -169,8 +170,9 @@ class Paging:
         self.count.misses += len(missing)
         out = self._dram.empty(len(pages), end - begin)
         into = out.numpy()
+        for at, memory in self._dram.runs([pages[place].row for place in present]):  # type: ignore[misc]
+            into[present[at]] = memory[:, begin:end]
         for place in present:
-            into[place] = self._dram.row(pages[place].row)[begin:end]  # type: ignore[arg-type]
             for order in (self._dirty, self._clean):
                 if keys[place] in order:
                     order.move_to_end(keys[place])
@@ -240,6 +242,12 @@ class Paging:
             self.count.evictions += 1
         return row
 
+    def _rows(self, most: int) -> list[int]:
+        rows: list[int] = []
+        while len(rows) < most and (row := self._row()) is not None:
+            rows.append(row)
+        return rows
+
     def _release(self, page: Page) -> None:
         if page.row is not None:
             self._dram.give_back(page.row)
@@ -266,9 +274,17 @@ class Paging:
             pages = [self._dirty.popitem(last=False)[1] for _ in slots]
             for page in pages:
                 page.writing = True
-            rows = [self._dram.row(page.row) for page in pages]  # type: ignore[arg-type]
-            self._writes.append(_Write(self._disk.write(rows, slots), pages, slots))
+            self._writes.append(_Write(self._write(pages, slots), pages, slots))
         return len(slots)
+
+    def _write(self, pages: list[Page], slots: list[Slot]) -> Future[None]:
+        rows = [page.row for page in pages]
+
+        def copy(records: np.ndarray) -> None:
+            for places, memory in self._dram.runs(rows):  # type: ignore[arg-type]
+                records[places] = memory
+
+        return self._disk.write([(page.key, page.tokens) for page in pages], slots, copy)  # type: ignore[union-attr]
 
     def _start_reading(self, wanted: list[Page], loose: int) -> int:
         """Start to read pages from the disk, into rows and up to `loose` into memory of their own.

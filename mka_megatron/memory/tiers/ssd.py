@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mka_megatron.memory.tiers.channels import Channel
+from mka_megatron.memory.tiers.channels import ALIGNMENT, Channel, Stretch
 from mka_megatron.memory.tiers.pages import PageKey, Seal, TierError
 
 SEGMENT_BYTES = 64 << 20
-WRITERS = 2
+WRITERS = 4
 READERS = 8
-WRITE_BYTES = 8 << 20
+WRITE_BYTES = 4 << 20
 READ_BYTES = 2 << 20
 PART_PAGES = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -151,12 +151,16 @@ class Disk:
             channel, READERS, self.read_pages * record_bytes, "page-read"
         )
 
-    def write(self, records: list[np.ndarray], slots: list[Slot]) -> Future[None]:
-        """Write `records`, uint8 [record bytes] each, which must not change until the result is there.
+    def write(
+        self, pages: list[tuple[PageKey, int]], slots: list[Slot], copy: Callable[[np.ndarray], None]
+    ) -> Future[None]:
+        """Write `pages`, keys and tokens, to `slots`, in ascending order and at most `write_pages`.
+
+        copy: called by a thread, puts their payloads into uint8 [P, record bytes].
 
         The result comes when the pages are known to be on the disk; raises OSError.
         """
-        return self._write_threads.submit(self._write, records, slots)
+        return self._write_threads.submit(self._write, pages, slots, copy)
 
     def read(
         self, keys: list[PageKey], slots: list[Slot], records: list[np.ndarray]
@@ -180,10 +184,9 @@ class Disk:
     def _begin(
         self, part: list[Run], keys: list[PageKey], records: list[np.ndarray]
     ) -> tuple[list[int], Future[list[TierError | None]]]:
-        into = [[(keys[place], records[place]) for place in run.places] for run in part]
-        return [place for run in part for place in run.places], self._read_threads.submit(
-            self._read, part, into
-        )
+        places = [place for run in part for place in run.places]
+        into = [(keys[place], records[place]) for place in places]
+        return places, self._read_threads.submit(self._read, part, into)
 
     def close(self) -> None:
         """Wait for what is under way and end the threads."""
@@ -193,55 +196,74 @@ class Disk:
             while not channels.empty():
                 channels.get().close()
 
-    def _write(self, records: list[np.ndarray], slots: list[Slot]) -> None:
+    def _write(
+        self, pages: list[tuple[PageKey, int]], slots: list[Slot], copy: Callable[[np.ndarray], None]
+    ) -> None:
         channel = self._writing.get()
         try:
-            rows = channel.buffer.numpy().reshape(-1, self._record_bytes)
-            for run in self.segments.runs(slots, self.write_pages):
-                for row, place in enumerate(run.places):
-                    rows[row] = records[place]
-                path = self.segments.path(run.segment)
-                offset, count = run.first * self._record_bytes, len(run.places) * self._record_bytes
-                if path.stat().st_size < offset + count:
+            records = self._records(channel)[: len(pages)]
+            copy(records)
+            for record, (key, tokens) in zip(records, pages, strict=True):
+                self._seal.close(record.data, key, tokens)
+            stretches = [self._stretch(run, len(run.places)) for run in self.segments.runs(slots, len(slots))]
+            for path, offset, size in stretches:
+                if path.stat().st_size < offset + size:
                     raise OSError(f"{path} has been cut short")
-                channel.write(path, offset, count)
+            channel.write(stretches)
         finally:
             self._writing.put(channel)
 
-    def _read(self, part: list[Run], into: list[list[tuple[PageKey, np.ndarray]]]) -> list[TierError | None]:
+    def _read(self, part: list[Run], into: list[tuple[PageKey, np.ndarray]]) -> list[TierError | None]:
+        """`into`: keys and memory of the runs' pages, one run behind the other."""
         channel = self._reading.get()
         try:
-            return [
-                each
-                for run, pages in zip(part, into, strict=True)
-                for each in self._read_run(channel, run, pages)
-            ]
+            records = self._records(channel)
+            # what a read fails to bring must not be taken for an earlier page of that name
+            records[: len(into), :ALIGNMENT] = 0
+            found: list[TierError | None] = []
+            stretches, arriving = [], []
+            for run in part:
+                there, lack = self._there(run)
+                places = range(len(found), len(found) + there)
+                missing = into[len(found) + there : len(found) + len(run.places)]
+                found += [None] * there + [
+                    _broken(key, self.segments.path(run.segment), lack) for key, _ in missing
+                ]
+                if there:
+                    stretches.append(self._stretch(run, there))
+                    arriving.append(places)
+            rows = iter(records)
+            for stretch, places, error in zip(stretches, arriving, channel.read(stretches), strict=True):
+                for place, record in zip(places, rows, strict=False):
+                    key, page = into[place]
+                    problem = f"cannot be read ({error})" if error else self._seal.problem(record.data, key)
+                    if problem is None:
+                        page[:] = record
+                    else:
+                        found[place] = _broken(key, stretch.path, problem)
+            return found
         finally:
             self._reading.put(channel)
 
-    def _read_run(
-        self, channel: Channel, run: Run, into: list[tuple[PageKey, np.ndarray]]
-    ) -> list[TierError | None]:
-        path = self.segments.path(run.segment)
-        offset = run.first * self._record_bytes
+    def _there(self, run: Run) -> tuple[int, str]:
+        """How many of a run's pages its file reaches, and why not the others. (DeepSpeed aborts the process at the end
+        of a file.)"""
         try:
-            # DeepSpeed aborts the process at the end of a file
-            there = (path.stat().st_size - offset) // self._record_bytes
-            whole = max(0, min(there, len(into)))
-            if whole:
-                channel.read(path, offset, whole * self._record_bytes)
+            size = self.segments.path(run.segment).stat().st_size
         except FileNotFoundError:
-            return [_broken(key, path, "is missing") for key, _ in into]
+            return 0, "is missing"
         except OSError as error:
-            return [_broken(key, path, f"cannot be read ({error})") for key, _ in into]
-        rows = channel.buffer.numpy().reshape(-1, self._record_bytes)
-        found = []
-        for index, (key, record) in enumerate(into):
-            problem = "ends before it" if index >= whole else self._seal.problem(rows[index].data, key)
-            found.append(None if problem is None else _broken(key, path, problem))
-            if problem is None:
-                record[:] = rows[index]
-        return found
+            return 0, f"cannot be read ({error})"
+        return max(0, min(size // self._record_bytes - run.first, len(run.places))), "ends before it"
+
+    def _stretch(self, run: Run, pages: int) -> Stretch:
+        """The first `pages` of a run."""
+        path, offset = self.segments.path(run.segment), run.first * self._record_bytes
+        return Stretch(path, offset, pages * self._record_bytes)
+
+    def _records(self, channel: Channel) -> np.ndarray:
+        """A channel's buffer, uint8 [P, record bytes]."""
+        return channel.buffer.numpy().reshape(-1, self._record_bytes)
 
 
 def _broken(key: PageKey, path: Path, problem: str) -> TierError:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mka_megatron.memory.tiers.dram import Pool
-from mka_megatron.memory.tiers.pages import PageKey, PageShape, Seal, TierError, as_bytes, unpack
+from mka_megatron.memory.tiers.pages import PageKey, PageShape, TierError, as_bytes, unpack
 from mka_megatron.memory.tiers.paging import Paging
 from mka_megatron.memory.tiers.ssd import Disk
 from mka_megatron.memory.tiers.statistics import TierStatistics
@@ -33,7 +33,6 @@ class TierStore:
         disk: the SSD tier, None for none; then the store holds as much as the larger of the two.
         hot: rows of K and V on `device`; None: pages are copied there each time.
         device: where pages are wanted.
-        seal: makes the pages' headers, the same as the disk's.
         when_full: "stop": refuse pages beyond the capacity; "evict": forget the oldest for them.
         full: how a refusal goes on after "no room for another page: ", naming the budget.
         on_close: called last by :meth:`close`.
@@ -46,16 +45,15 @@ class TierStore:
         disk: Disk | None,
         hot: Pool | None,
         device: torch.device,
-        seal: Seal,
         when_full: Literal["stop", "evict"],
         full: str,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.shape = shape
-        self._row_bytes, self._sealed = dram.row_bytes, disk is not None
+        self._row_bytes = dram.row_bytes
         self._paging = Paging(dram, disk, TierStatistics(), full)
         self._hot, self._hot_rows = hot, OrderedDict[PageKey, int]()
-        self._device, self._seal = device, seal
+        self._device = device
         self._evicts, self._full, self._on_close = when_full == "evict", full, on_close
         self._sequences: dict[int, dict[PageKey, None]] = {}
 
@@ -95,27 +93,21 @@ class TierStore:
             raise ValueError(f"{len(keys)} keys need as many rows of every tensor.")
         self._paging.settle()
         forgotten = self._make_room(len(keys))
-        stored: list[PageKey] = []
+        tokens, stored = lengths.tolist(), 0
         try:
-            for place, (key, tokens) in enumerate(zip(keys, lengths.tolist(), strict=True)):
-                row = self._paging.reserve()
-                while row is None:
-                    if not self._evicts or len(self._paging.pages) == len(stored):
-                        raise self._no_room()
+            while stored < len(keys):
+                new = [(begin, end, value[stored:]) for begin, end, value in fields]
+                count = self._paging.hold(keys[stored:], tokens[stored:], new)
+                for key in keys[stored : stored + count]:
+                    self._sequences.setdefault(key.sequence, {})[key] = None
+                stored += count
+                if count == 0 and (not self._evicts or len(self._paging.pages) == stored):
+                    raise self._no_room()
+                if count == 0:
                     forgotten.append(self._forget_oldest())
-                    row = self._paging.reserve()
-                record = self._paging.row(row)
-                for begin, end, value in fields:
-                    record[begin:end] = value[place]
-                if self._sealed:
-                    record[self.shape.used_bytes :] = 0
-                    self._seal.close(record.data, key, tokens)
-                self._paging.hold(key, tokens, row)
-                self._sequences.setdefault(key.sequence, {})[key] = None
-                stored.append(key)
             self._paging.write_behind()
         except BaseException:
-            for key in stored:
+            for key in keys[:stored]:
                 self._forget(key)
             raise
         return forgotten

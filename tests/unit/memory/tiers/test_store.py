@@ -17,7 +17,7 @@ from mka_megatron.config.schema import L3Config, MemoryConfig
 from mka_megatron.memory.tiers import ssd
 from mka_megatron.memory.tiers.dram import Pool
 from mka_megatron.memory.tiers.opening import open_store
-from mka_megatron.memory.tiers.pages import PageKey, PageShape, Seal, TierError
+from mka_megatron.memory.tiers.pages import PageKey, PageShape, TierError
 from mka_megatron.memory.tiers.store import TierStore
 from tests.helpers.tier_pages import CPU, RECORD, SMALL, bits, content, store
 
@@ -208,7 +208,7 @@ def test_hot_pages_stay_on_the_device() -> None:
     begin, end = SMALL.fields["k"][0], SMALL.fields["v"][1]
     rows = SMALL.record_bytes(64)
     pages = TierStore(
-        SMALL, Pool(rows, None, CPU), None, Pool(end - begin, 5, CPU), CPU, Seal(SMALL, "run", 0), "stop", ""
+        SMALL, Pool(rows, None, CPU), None, Pool(end - begin, 5, CPU), CPU, "stop", ""
     )
     given.put_into(pages)
     order = [0, 1, 2, 3, 4, 1, 0, 5, 2]
@@ -435,6 +435,23 @@ def test_a_file_removed_before_a_write(tmp_path: Path, backend: str) -> None:
             for place in range(20, 60):
                 given.part(place).put_into(pages)
         assert not list(tmp_path.rglob("*.pages"))
+
+
+def test_a_read_that_brings_nothing_finds_no_earlier_page_of_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed drops the results of its reads, and what passed through the buffer before may still be there."""
+    first, second = content(20, seed=1), content(20, seed=2)
+    monkeypatch.setattr(ssd, "READERS", 1)
+    with store(tmp_path, rows=4) as pages:
+        first.put_into(pages)
+        key, *_ = on_disk_alone(pages, first.keys)
+        pages.get([key])
+        pages.drop(1)
+        second.put_into(pages)
+        settle(pages)
+        assert pages._paging.pages[key].row is None
+        monkeypatch.setattr(os, "preadv", lambda file, parts, offset: len(parts[0]))
+        with pytest.raises(TierError, match=f"the {key} is lost: .* holds no page there"):
+            pages.get([key])
 
 
 # -- files
