@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Move:
-    """A gather of the B*S slots."""
+    """A gather of the B*S slots, to as many or to rows of another length."""
 
     source: Tensor
     """[B*S] int64: the slot that comes here."""
@@ -55,4 +55,4 @@ def moved(x: Tensor, move: Move) -> Tensor:
     """`x` [B, S, ...] gathered by `move`, 0 where it is blank; without a gradient."""
     # [B, S, ...] -> [B*S, ...] and back
     flat = x.flatten(0, 1).index_select(0, move.source)
-    return flat.masked_fill_(move.blank.view(-1, *(1,) * (flat.dim() - 1)), 0).view(x.shape)
+    return flat.masked_fill_(move.blank.view(-1, *(1,) * (flat.dim() - 1)), 0).unflatten(0, (len(x), -1))

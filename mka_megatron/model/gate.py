@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor, nn
 
+from mka_megatron.attention.gate import group_logits, input_logits, token_logits
 from mka_megatron.config.schema import RoutingConfig
 from mka_megatron.parallel.regions import copy_to_region, reduce_from_region
 from mka_megatron.parallel.replicated import mark_partial
@@ -44,9 +44,8 @@ class TokenGate(nn.Module):
 
     def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> Tensor:
         """Raw local queries [S,B,H,d] -> logits [S,B,L] fp32, equal on every rank. `x_SBh` is not read."""
-        partial = F.linear(q_SBHd.flatten(2).float(), self.fc1.float())
-        hidden = F.silu(reduce_from_region(partial, self.tp_group) + self.bias1.float())
-        logits = F.linear(hidden, self.fc2.float(), self.bias2.float())
+        logits = token_logits(q_SBHd, self.fc1, self.bias1, self.fc2, self.bias2,
+                              lambda partial: reduce_from_region(partial, self.tp_group))
         return copy_to_region(logits, self.tp_group)
 
 
@@ -72,8 +71,7 @@ class InputGate(nn.Module):
 
     def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> Tensor:
         """Layer input [S or S/tp, B, hidden] -> logits [S,B,L] or [S,B,G,L] fp32. `q_SBHd` is not read."""
-        hidden = F.silu(F.linear(x_SBh.float(), self.fc1.float(), self.bias1.float()))
-        logits = F.linear(hidden, self.fc2.float(), self.bias2.float())
+        logits = input_logits(x_SBh, self.fc1, self.bias1, self.fc2, self.bias2)
         if self.sequence_parallel:
             logits = gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
@@ -97,10 +95,7 @@ class GroupGate(nn.Module):
 
     def forward(self, q_SBHd: Tensor, x_SBh: Tensor) -> Tensor:
         """Raw local queries [S,B,H,d] -> logits [S,B,G,L] fp32. `x_SBh` is not read."""
-        sequence, batch = q_SBHd.shape[:2]
-        q_SBGc = q_SBHd.reshape(sequence, batch, self.fc1.shape[0], -1).float()
-        hidden = F.silu(torch.einsum("sbgc,grc->sbgr", q_SBGc, self.fc1.float()) + self.bias1.float())
-        return torch.einsum("sbgr,glr->sbgl", hidden, self.fc2.float()) + self.bias2.float()
+        return group_logits(q_SBHd, self.fc1, self.bias1, self.fc2, self.bias2)
 
 
 def build_gate(routing: RoutingConfig, *, hidden_size: int, heads: int, groups: int, head_dim: int, levels: int,
