@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
 from mka_megatron.model.gpt import GPT
+from mka_megatron.model.hf_table import padded_vocab_size
 from mka_megatron.model.rope import RotaryTable
 from mka_megatron.model.spec import block_spec
 from mka_megatron.parallel.groups import Topology
@@ -51,11 +51,6 @@ def build_model(config: Config, topology: Topology, vocab_size: int,
 
         load_hf_weights(model, config, topology)
     return model
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Rows of the embedding: `vocab_size` rounded up, the same at every tensor-parallel size."""
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def transformer_config(config: Config) -> TransformerConfig:

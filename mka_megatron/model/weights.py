@@ -1,17 +1,10 @@
-"""Hugging Face weights -> any tensor-parallel size and ZeRO stage, each rank reading only its slices.
-
-One table serves Qwen2/2.5, Qwen3 and Llama: their tensors have the same names, and which of the
-optional ones exist (QKV bias, q/k-norm, untied head) the model itself says. A row names a Megatron
-parameter, its Hugging Face sources, and how the rows or columns of the sources are laid out in it.
-"""
+"""Hugging Face weights -> any tensor-parallel size and ZeRO stage, each rank reading only its slices of `hf_table`."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,220 +14,118 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.from_hf import read_sections
 from mka_megatron.config.schema import Config
+from mka_megatron.files import manifest
+from mka_megatron.files.source import Source, open_source
+from mka_megatron.model.hf_table import Entry, hf_table, hf_tensors
 from mka_megatron.parallel.groups import Topology
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
-@dataclass(frozen=True)
-class Run:
-    """`length` consecutive rows (or columns) of the Hugging Face tensor `source`, from `start`."""
+def load_hf_weights(model: nn.Module, config: Config, topology: Topology) -> None:
+    """Fill `model` from `config.model.init_from`, one parameter at a time; a collective call.
 
-    source: str
-    start: int
-    length: int
+    A plain directory leaves the routes as they were initialised; one of ours fills everything, the hash planes too.
+    Where the directory has a manifest the ranks share the reading that verifies it.
 
-
-Layout = Callable[[Config], list[Run]]
-"""The whole parameter along its partitioned dimension, as runs of its sources in order."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one Megatron parameter is made: `layout` of the unsharded tensor along `dim`; no layout: copied whole."""
-
-    layout: Layout | None
-    source: str = ""
-    dim: int = 0
-
-
-def _qkv(suffix: str) -> Layout:
-    def layout(config: Config) -> list[Run]:
-        model, runs = config.model, []
-        queries = model.num_attention_heads // model.num_kv_heads * model.head_dim
-        for group in range(model.num_kv_heads):
-            runs.append(Run(f"self_attn.q_proj.{suffix}", group * queries, queries))
-            runs.append(Run(f"self_attn.k_proj.{suffix}", group * model.head_dim, model.head_dim))
-            runs.append(Run(f"self_attn.v_proj.{suffix}", group * model.head_dim, model.head_dim))
-        return runs
-
-    return layout
+    Raises:
+        ConfigError: on every rank; a file is damaged, or a tensor is missing, unknown, or has another shape than the
+            configuration says.
+    """
+    source = open_source(Path(config.model.init_from or ""))
+    whole = read_sections(str(source.path)) is not None
+    table = hf_table(config, config.model.vocab_size or 0)
+    entries = [entry for entry in table.values() if whole or not entry.added or entry.runs[0].source in source.tensors]
+    _check_tensors(source, {entry.name: entry for entry in entries}, config.model.tie_embeddings)
+    _verify(source, topology)
+    held = dict(chain(model.named_parameters(), model.named_buffers()))
+    with _Slices(source) as slices:
+        for entry in entries:
+            values = _read(entry, slices, topology)
+            with _writable(held[entry.name], topology.dp_cp_group), torch.no_grad():
+                held[entry.name].copy_(values)
 
 
-def _gate_and_up(config: Config) -> list[Run]:
-    # a rank holds its rows of the gate, then its rows of the up-projection
-    ffn, tp = config.model.ffn_hidden_size, config.parallel.tensor_parallel
-    runs = []
-    for rank in range(tp):
-        for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
-            runs.append(Run(name, rank * (ffn // tp), ffn // tp))
-    return runs
+def _check_tensors(source: Source, table: dict[str, Entry], tied: bool) -> None:
+    """The directory holds the tensors of `table`, and no others."""
+    found, wanted = source.tensors, hf_tensors(table)
+    for name, tensor in wanted.items():
+        if name not in found:
+            raise ConfigError(f"model.init_from: {source.path} has no tensor {name}; the checkpoint is incomplete.")
+        if found[name].shape != tensor.shape:
+            raise ConfigError(f"model.init_from: tensor {name} in {source.path} has shape {found[name].shape}, but the "
+                              f"configuration needs {tensor.shape}; check it against config.json.")
+    unknown = sorted(name for name in found if name not in wanted and not _IGNORED.search(name)
+                     and not (tied and name == "lm_head.weight"))
+    if unknown:
+        raise ConfigError(f"model.init_from: {source.path} holds tensors this model has no place for ({', '.join(unknown[:3])}"
+                          f"{', ...' if len(unknown) > 3 else ''}); check model and attention against its config.json.")
 
 
-def _one(source: str, size: Callable[[Config], int]) -> Layout:
-    return lambda config: [Run(source, 0, size(config))]
+def _verify(source: Source, topology: Topology) -> None:
+    """Compare every file with the manifest, each on one rank; all raise where one differs."""
+    if source.manifest is None:
+        return
+    problems: list[str | None] = [None] * topology.world_size
+    mine = sorted(source.manifest.files)[topology.rank :: topology.world_size]
+    dist.all_gather_object(problems, _first_problem(source, mine))
+    found = next((problem for problem in problems if problem is not None), None)
+    if found is not None:
+        raise ConfigError(found)
 
 
-LAYER_RULES: dict[str, Rule] = {
-    "input_layernorm.weight": Rule(None, "input_layernorm.weight"),
-    "self_attention.linear_qkv.weight": Rule(_qkv("weight")),
-    "self_attention.linear_qkv.bias": Rule(_qkv("bias")),
-    "self_attention.q_layernorm.weight": Rule(None, "self_attn.q_norm.weight"),
-    "self_attention.k_layernorm.weight": Rule(None, "self_attn.k_norm.weight"),
-    "self_attention.linear_proj.weight": Rule(
-        _one("self_attn.o_proj.weight", lambda c: c.model.num_attention_heads * c.model.head_dim), dim=1
-    ),
-    "pre_mlp_layernorm.weight": Rule(None, "post_attention_layernorm.weight"),
-    "mlp.linear_fc1.weight": Rule(_gate_and_up),
-    "mlp.linear_fc2.weight": Rule(_one("mlp.down_proj.weight", lambda c: c.model.ffn_hidden_size), dim=1),
-}
-MODEL_RULES: dict[str, Rule] = {
-    "embedding.word_embeddings.weight": Rule(_one("model.embed_tokens.weight", lambda c: c.model.vocab_size or 0)),
-    "decoder.final_layernorm.weight": Rule(None, "model.norm.weight"),
-    "output_layer.weight": Rule(_one("lm_head.weight", lambda c: c.model.vocab_size or 0)),
-}
-ROUTE = "self_attention.core_attention.route."
-"""MKA parameters: `model.layers.N.self_attn.route.*` in the Hugging Face directory, kept as initialised where absent."""
+def _first_problem(source: Source, names: list[str]) -> str | None:
+    try:
+        for name in names:
+            manifest.check(source.path / name, manifest.digest_of(source.path / name), source.digest(name))
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
-class HFDirectory:
-    """The safetensors of a Hugging Face directory, opened lazily and read by slices."""
+class _Slices:
+    """The directory's tensors, opened lazily and read by slices; a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._file_of = {name: file for file, header in source.weights.items() for name in header.tensors}
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (path / "model.safetensors").is_file():
-            self.file_of = {}
-            self.file_of = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise ConfigError(
-                f"model.init_from: {path} has no model.safetensors or model.safetensors.index.json; "
-                "save the model with save_pretrained(..., safe_serialization=True)."
-            )
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                self._files[file] = self._stack.enter_context(safe_open(str(self.path / file), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"model.init_from: {self.path / file} cannot be read ({error}); copy it again.") from error
-        return self._files[file]
-
-    def slice(self, name: str) -> Any:
-        """A lazily read view of the tensor `name`; raises ConfigError where the directory lacks it."""
-        if name not in self.file_of:
-            raise ConfigError(f"model.init_from: {self.path} has no tensor {name}; the checkpoint is incomplete.")
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        """[start, start + length) of the tensor `name` along `dim`, 0 or 1."""
+        file = self._file_of[name]
         try:
-            return self._open(self.file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise ConfigError(f"model.init_from: tensor {name} in {self.path} cannot be read ({error}); copy it again.") from error
+            if file not in self._files:
+                path = str(self._source.path / file)
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            view = self._files[file].get_slice(name)
+            return view[start : start + length] if dim == 0 else view[:, start : start + length]
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"model.init_from: tensor {name} in {self._source.path / file} cannot be read ({error}); copy "
+                              "the model again.") from error
 
-    def __enter__(self) -> HFDirectory:
+    def __enter__(self) -> _Slices:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
 
-def load_hf_weights(model: nn.Module, config: Config, topology: Topology) -> None:
-    """Fill `model` from `config.model.init_from`, one parameter at a time.
-
-    Raises:
-        ConfigError: a tensor is missing, unknown, damaged, or has another shape than the configuration says.
-    """
-    used: set[str] = set()
-    with HFDirectory(Path(config.model.init_from or "")) as directory:
-        for name, parameter in model.named_parameters():
-            values = _read(name, parameter, directory, config, topology, used)
-            if values is None:
-                continue
-            with _writable(parameter, topology.dp_cp_group), torch.no_grad():
-                parameter.copy_(values)
-        tied = {"lm_head.weight"} if config.model.tie_embeddings else set()
-        unknown = sorted(n for n in directory.file_of if n not in used | tied and not _IGNORED.search(n))
-        if unknown:
-            raise ConfigError(
-                f"model.init_from: {directory.path} holds tensors this model has no place for "
-                f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}); check model and attention against its config.json."
-            )
+def _read(entry: Entry, slices: _Slices, topology: Topology) -> Tensor:
+    """This rank's part of a parameter."""
+    shape, dim = entry.shard(topology.tp_size), entry.dim
+    runs = entry.cut(topology.tp_rank * shape[dim] if entry.split else 0, shape[dim])
+    pieces = [slices.read(run.source, dim, run.start, run.length) for run in runs]
+    missing = shape[dim] - sum(piece.shape[dim] for piece in pieces)
+    if missing:  # vocabulary padding
+        pieces.append(torch.zeros(*shape[:dim], missing, *shape[dim + 1 :]))
+    return torch.cat(pieces, dim)
 
 
-def _read(name: str, parameter: nn.Parameter, directory: HFDirectory, config: Config, topology: Topology,
-          used: set[str]) -> Tensor | None:
-    layer = _LAYER.match(name)
-    prefix = f"model.layers.{layer[1]}." if layer else ""
-    inner = layer[2] if layer else name
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    if inner.startswith(ROUTE):
-        source = f"{prefix}self_attn.route.{inner.removeprefix(ROUTE)}"
-        if source not in directory.file_of:
-            return None
-        used.add(source)
-        full = directory.slice(source)[:]
-        dim = getattr(parameter, "partition_dim", -1)
-        if getattr(parameter, "tensor_model_parallel", False):
-            full = full.chunk(topology.tp_size, dim)[topology.tp_rank]
-        return _checked(full, shape, source, directory)
-    rule = (LAYER_RULES if layer else MODEL_RULES).get(inner)
-    if rule is None:
-        raise ConfigError(f"model.init_from: parameter {name} has no Hugging Face counterpart; use attention.variant "
-                          "gqa, mka or fastmka, or drop model.init_from.")
-    if rule.layout is None:
-        used.add(prefix + rule.source)
-        return _checked(directory.slice(prefix + rule.source)[:], shape, prefix + rule.source, directory)
-    runs = [Run(prefix + run.source, run.start, run.length) for run in rule.layout(config)]
-    used.update(run.source for run in runs)
-    _check_extents(runs, rule.dim, directory)
-    size = shape[rule.dim]
-    pieces = [
-        _narrow(directory.slice(run.source), rule.dim, run.start, run.length)
-        for run in _cut(runs, topology.tp_rank * size, size)
-    ]
-    values = torch.cat(pieces, rule.dim) if pieces else torch.empty(0, *shape[1:])
-    if inner in MODEL_RULES and values.shape[0] < size:  # vocabulary padding
-        values = torch.cat([values, values.new_zeros(size - values.shape[0], *shape[1:])])
-    return _checked(values, shape, runs[0].source, directory)
-
-
-def _cut(runs: list[Run], start: int, length: int) -> Iterator[Run]:
-    """The part [start, start + length) of the concatenated runs."""
-    position = 0
-    for run in runs:
-        low, high = max(start, position), min(start + length, position + run.length)
-        if low < high:
-            yield Run(run.source, run.start + low - position, high - low)
-        position += run.length
-
-
-def _narrow(view: Any, dim: int, start: int, length: int) -> Tensor:
-    return view[start : start + length] if dim == 0 else view[:, start : start + length]
-
-
-def _check_extents(runs: list[Run], dim: int, directory: HFDirectory) -> None:
-    extents: dict[str, int] = {}
-    for run in runs:
-        extents[run.source] = max(extents.get(run.source, 0), run.start + run.length)
-    for source, extent in extents.items():
-        found = directory.slice(source).get_shape()
-        if found[dim] != extent:
-            raise ConfigError(f"model.init_from: tensor {source} in {directory.path} has shape {tuple(found)}, but the "
-                              f"configuration needs {extent} along dimension {dim}; check it against config.json.")
-
-
-def _checked(values: Tensor, shape: tuple[int, ...], source: str, directory: HFDirectory) -> Tensor:
-    if tuple(values.shape) != shape:
-        raise ConfigError(f"model.init_from: tensor {source} in {directory.path} gives shape {tuple(values.shape)}, but "
-                          f"the model needs {shape}; check the model section against config.json.")
-    return values
-
-
-def _writable(parameter: nn.Parameter, replicas: dist.ProcessGroup) -> AbstractContextManager:
+def _writable(parameter: Tensor, replicas: dist.ProcessGroup) -> AbstractContextManager:
     """Gather a ZeRO-3 parameter for writing; the first rank of the replica group is the one that is kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()

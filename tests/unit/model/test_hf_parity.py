@@ -115,7 +115,7 @@ def test_truncated_file_is_refused(tmp_path, topology):
 def test_pickle_only_directory_is_refused(tmp_path, topology):
     save(random_model("llama"), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="safe_serialization"):
+    with pytest.raises(ConfigError, match="as safetensors"):
         import_model(tmp_path, topology)
 
 
