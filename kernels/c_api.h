@@ -32,14 +32,16 @@ MKA_API const char* mka_error_string(int code);
 
 // Means of the keys and values of each chunk, and the sign codes of its summed keys. d is 64, 128 or 256, C 64 or 128.
 typedef struct {
-  const void* k;           // [B, S, G, d], 16-byte aligned
-  const void* v;           // [B, S, G, d] or null
+  const void* k;           // [B, S, G, d], 16-byte aligned, by its strides
+  const void* v;           // [B, S, G, d] or null, by its strides
   const int64_t* lengths;  // [B, n] tokens at the head of each chunk
   const int8_t* planes;    // [64 W, d] of +-1, 16-byte aligned; null: no codes
   const void* centre;      // [G, d] that is taken from every key, or null
   void* k_mean;            // [B, n, G, d] or null
   void* v_mean;            // [B, n, G, d], null with v
   int64_t* codes;          // [B, n, G, W], null with planes
+  int64_t k_strides[3];    // elements from a row, a slot, a head to the next; whole 16 bytes
+  int64_t v_strides[3];
   int64_t dtype;           // of k, v and the means
   int64_t centre_dtype;
   int64_t batch, slots, chunks, groups, channels, size, words;
@@ -48,13 +50,14 @@ MKA_API int mka_recall_pool(const MkaRecallPoolArgs* args, void* stream);
 
 // For each chunk the sum over the last min(16, counts) queries of its document before it, and its code.
 typedef struct {
-  const void* q;           // [B, S, H, d], 16-byte aligned
+  const void* q;           // [B, S, H, d], 16-byte aligned, by its strides
   const double* before;    // [B, 16, G, d] sums over a group's heads of the last 16 tokens before slot 0, or null
   const int64_t* lengths;  // [B, n] tokens at the head of each chunk
   const int64_t* counts;   // [B, n] tokens of the chunk's document before the chunk
   const int8_t* planes;    // [64 W, d] of +-1, 16-byte aligned; null: no codes
   double* sums;            // [B, n, G, d] integers, multiples of 2^-16
   int64_t* codes;          // [B, n, G, W], null with planes
+  int64_t q_strides[3];    // as k's
   int64_t dtype;           // of q
   int64_t batch, slots, chunks, heads, groups, channels, size, words;
 } MkaRecallQueriesArgs;
@@ -90,7 +93,7 @@ MKA_API int64_t mka_plan_recall_recent(
 // ---- route_fuse (contract: mka_megatron/ops/route_fuse)
 // One or two streams (keys, values) of [batch, sequence, groups, channels], alike in what is null. x, long_term, y and
 // their gradients have the dtype, everything else is fp32. `channels` is a multiple of 16 bytes' worth of elements,
-// large tensors are aligned to 16 bytes. `states` are the EMA's states in front of every chunk of
+// large tensors are aligned to 16 bytes. x and grad_y may lie within larger tensors: their strides count. `states` are the EMA's states in front of every chunk of
 // mka_plan_route_fuse's tokens, [batch, chunks, groups * channels], kept from the forward for the backward pass.
 typedef struct {
   const void* x[2];
@@ -112,6 +115,8 @@ typedef struct {
   float* grad_logits;
   float* grad_beta;
   void* workspace;           // of mka_route_fuse_workspace_bytes, aligned to 16 bytes, contents do not matter
+  int64_t x_strides[6];      // of each stream's x: elements from a row, a slot, a head to the next; whole 16 bytes
+  int64_t grad_strides[6];   // the same of grad_y
   int64_t batch, sequence, groups, channels, streams;
   int64_t routes;            // 1 or groups
   int64_t levels;            // 2 or 3, L1 included

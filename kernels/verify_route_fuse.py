@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from verify_common import Check, Clock, Timing, as_accurate, largest_error
 
-from mka_megatron.attention.fastmka import fuse
-from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.summary import ema
 from mka_megatron.ops import route_fuse as op
 from mka_megatron.ops.route_fuse import Stream, cuda
+from mka_megatron.ops.route_fuse.slots import pack
 
 GOALS = {"forward": 0.88, "backward": 0.80}
 """Shares of a copy's bandwidth, from 32K slots on."""
@@ -31,7 +30,8 @@ class Inputs:
     streams: list[Stream]
     logits: Tensor
     beta: Tensor
-    slots: Tensor
+    rows: Documents
+    available: Tensor | None
     grads: list[Tensor]
     """Upstream gradients, of y and with L2 of the last state, for each stream."""
     mode: str = "soft"
@@ -63,15 +63,14 @@ class Inputs:
             return torch.rand(*shape, generator=generator, device=device) < share
 
         shape, count = (batch, slots, groups, channels), LEVELS[levels]
-        starts = likely(0.01 if packed else 0.0, batch, slots)
-        starts[:, 0] = True
-        padding = ~starts & likely(0.1, batch, slots) if packed else None
-        available = (
-            likely(0.7, batch, slots, count)
-            if packed
-            else torch.ones_like(starts)[..., None].expand(-1, -1, count)
-        )
-        available = torch.cat((torch.ones_like(available[..., :1]), available[..., 1:]), dim=-1)
+        rows, available = Documents.unpacked(batch, slots, device), None
+        if packed:
+            starts = likely(0.01, batch, slots)
+            starts[:, 0] = True
+            padding = ~starts & likely(0.1, batch, slots)
+            rows = Documents.from_starts(starts.cpu(), padding.cpu()).to(device)
+            available = likely(0.7, batch, slots, count)
+            available[..., 0] = True
         given, grads = [], []
         for _ in range(streams):
             l2, l3 = "L2" in levels, "L3" in levels
@@ -79,11 +78,12 @@ class Inputs:
             decay = 1 - 2.0 ** -(1 + 12 * torch.rand(groups, channels, generator=generator, device=device))
             carry = normal(batch, groups, channels) if carried and l2 else None
             long_term = normal(*shape).to(dtype) if l3 else None
-            given.append(Stream(normal(*shape).to(dtype), decay if l2 else None, carry, long_term))
+            # as a fused projection leaves it: a head's queries lie beside its keys and values
+            x = normal(batch, slots, groups, channels + 2 * 8).to(dtype)[..., :channels]
+            given.append(Stream(x, decay if l2 else None, carry, long_term))
             grads += [normal(*shape).to(dtype), *([normal(batch, groups, channels)] if l2 else [])]
         routes = (groups,) if scope == "group" else ()
-        packed_slots = op.pack(starts, padding, available, levels=count, carried=carried and "L2" in levels)
-        return Inputs(given, normal(batch, slots, *routes, count), normal(1), packed_slots, grads, mode)
+        return Inputs(given, normal(batch, slots, *routes, count), normal(1), rows, available, grads, mode)
 
     def run(self, backend: str, wide: bool = False) -> dict[str, Tensor]:
         """Outputs and gradients; `wide`: in fp64."""
@@ -94,7 +94,9 @@ class Inputs:
         streams = [Stream(put(s.x), put(s.decay), put(s.carry), put(s.long_term)) for s in self.streams]  # type: ignore[arg-type]
         logits, beta = put(self.logits.clone()), put(self.beta.clone())
         assert logits is not None and beta is not None
-        results = op.route_fuse(streams, logits, beta, self.slots, mode=self.mode, backend=backend)
+        results, _ = op.route_fuse(
+            streams, logits, beta, self.rows, self.available, mode=self.mode, backend=backend
+        )
         leaves = {"logits": logits, "beta": beta}
         outputs: dict[str, Tensor] = {}
         for number, (each, (y, last)) in enumerate(zip(streams, results, strict=True)):
@@ -194,10 +196,9 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
         inputs = Inputs.draw(clock.device, slots)
         times = {name: clock.ms(_captured(clock.device, run)) for name, run in _passes(inputs).items()}
         peers: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
-        documents = Documents.unpacked(1, slots, clock.device)
-        _time(clock, inputs, peers, "eager", lambda *given: _composed(documents, *given))  # noqa: B023
+        _time(clock, inputs, peers, "eager", lambda *given: _specified(inputs.rows, *given))  # noqa: B023
         if slots <= 16384:
-            _time(clock, inputs, peers, "compiled", torch.compile(_specified, dynamic=False))
+            _time(clock, inputs, peers, "compiled", torch.compile(_doubled, dynamic=False))
         streams = sum(each.x.nbytes for each in inputs.streams)
         for phase, ms in times.items():
             moved = (2 if phase == "forward" else 3) * streams
@@ -212,7 +213,7 @@ def _passes(inputs: Inputs) -> dict[str, Callable[[], object]]:
     """The operators' calls of the forward and of the backward pass."""
     x = [s.x for s in inputs.streams]
     decay = [s.decay for s in inputs.streams if s.decay is not None]
-    fixed = inputs.logits, inputs.beta, inputs.slots
+    fixed = inputs.logits, inputs.beta, pack(inputs.rows, inputs.available, inputs.logits.shape[-1], False)
     states = cuda._forward(x, [], decay, [], *fixed, "soft")[4:]
     grads = inputs.grads[0::2], inputs.grads[1::2]
     return {
@@ -221,18 +222,27 @@ def _passes(inputs: Inputs) -> dict[str, Callable[[], object]]:
     }
 
 
-def _composed(documents: Documents, *given: Tensor) -> list[Tensor]:
-    """What attention/fastmka.py runs, over (logits, beta, slots, x, decay, x, decay)."""
-    logits, beta, _, *streams = given
-    weights = routing.route(logits, None, "soft")
+def _specified(rows: Documents, *given: Tensor) -> list[Tensor]:
+    """What training runs without the kernels, over (logits, beta, x, decay, x, decay)."""
+    logits, beta, *streams = given
     pairs = zip(streams[0::2], streams[1::2], strict=True)
-    return [fuse(x, weights, beta, ema(x, decay, documents)[0]) for x, decay in pairs]
+    return [y for y, _ in op.route_fuse([Stream(x, decay) for x, decay in pairs], logits, beta, rows)[0]]
 
 
-def _specified(*given: Tensor) -> list[Tensor]:
-    logits, beta, slots, *streams = given
-    pairs = zip(streams[0::2], streams[1::2], strict=True)
-    return [y for y, _ in op.route_fuse([Stream(x, decay) for x, decay in pairs], logits, beta, slots)]
+def _doubled(*given: Tensor) -> list[Tensor]:
+    """The same of one document in a form that torch.compile fuses: the scan in log2(S) steps over all slots."""
+    logits, beta, *streams = given
+    share = (beta * logits.softmax(dim=-1)[..., 1])[..., None, None]
+    fused = []
+    for x, decay in zip(streams[0::2], streams[1::2], strict=True):
+        wide = x.float()
+        state = torch.cat((wide[:, :1], (1 - decay) * wide[:, 1:]), dim=1)
+        reach, power = 1, decay
+        while reach < x.shape[1]:
+            state = state + power * F.pad(state[:, :-reach], (0, 0, 0, 0, reach, 0))
+            reach, power = 2 * reach, power * power
+        fused.append((wide + share * (state - wide)).to(x.dtype))
+    return fused
 
 
 def _time(
@@ -245,7 +255,7 @@ def _time(
     """Adds the times of both passes of `function`; the backward's is that of both less the forward's."""
     leaves = [x.detach().requires_grad_() for s in inputs.streams for x in (s.x, s.decay) if x is not None]
     logits, beta = inputs.logits.detach().requires_grad_(), inputs.beta.detach().requires_grad_()
-    given = (logits, beta, inputs.slots, *leaves)
+    given = (logits, beta, *leaves)
 
     def both() -> None:
         torch.autograd.grad(function(*given), [logits, beta, *leaves], inputs.grads[0::2])

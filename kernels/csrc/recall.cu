@@ -148,16 +148,23 @@ void host_select(const MkaRecallSelectArgs& a, const Task& task) {
 
 constexpr int64_t MAX_GRID = 2147483647;
 
+// Strides of whole 16 bytes, that of slots in 31 bits.
+bool whole(const int64_t (&strides)[3], int64_t dtype) {
+  const int64_t vector = dtype == MKA_FP32 ? 4 : 8;
+  return strides[1] >= 0 && strides[1] <= INT32_MAX && strides[0] % vector == 0 && strides[1] % vector == 0 && strides[2] % vector == 0;
+}
+
 bool pool_refused(const MkaRecallPoolArgs& a) {
   const bool alone = (a.planes == nullptr) != (a.codes == nullptr) || (a.v == nullptr) != (a.v_mean == nullptr);
   return alone || a.chunks != ceil_div(a.slots, a.size) || !aligned(a.k, 16) || !aligned(a.v, 16) ||
-         !aligned(a.planes, 16) || a.batch * a.chunks * a.groups > MAX_GRID || a.centre_dtype < MKA_FP32 ||
+         !whole(a.k_strides, a.dtype) || (a.v != nullptr && !whole(a.v_strides, a.dtype)) || !aligned(a.planes, 16) ||
+         a.batch * a.chunks * a.groups > MAX_GRID || a.centre_dtype < MKA_FP32 ||
          a.centre_dtype > MKA_FP16;
 }
 
 bool queries_refused(const MkaRecallQueriesArgs& a) {
   return (a.planes == nullptr) != (a.codes == nullptr) || a.chunks != ceil_div(a.slots, a.size) ||
-         a.groups < 1 || a.heads % a.groups != 0 || !aligned(a.q, 16) || !aligned(a.planes, 16) ||
+         a.groups < 1 || a.heads % a.groups != 0 || !aligned(a.q, 16) || !whole(a.q_strides, a.dtype) || !aligned(a.planes, 16) ||
          a.batch * a.chunks * a.groups > MAX_GRID;
 }
 

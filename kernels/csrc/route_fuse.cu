@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(RouteFuseArgs g, P
   Raw x[Geo::Steps], m[Geo::L3 ? Geo::Steps : 1];
   {
     Place<Geo> at(p, t, thread);
-    load_slots(x, g.x[t.stream], at);
+    load_slots(x, g.x[t.stream], g.x_strides, t, at);
     if constexpr (Geo::L3) load_slots(m, g.long_term[t.stream], at);
   }
   gate_phase(sh, g, t, thread);
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(RouteFuseArgs g, 
   Raw x[Geo::Steps], grad[Geo::Steps];
   {
     Place<Geo> at(p, t, thread);
-    load_slots(grad, g.grad_y[t.stream], at);
-    load_slots(x, g.x[t.stream], at);
+    load_slots(grad, g.grad_y[t.stream], g.grad_strides, t, at);
+    load_slots(x, g.x[t.stream], g.x_strides, t, at);
   }
   gate_phase(sh, g, t, thread);
   __syncthreads();

@@ -53,7 +53,7 @@ int run_forward(const RouteFuseArgs& g, const Plan& p) {
     poison(sh);
     for (int i = 0; i < kBlock; ++i) {
       Place<Geo> at(p, t, i);
-      load_slots(threads[i].x, g.x[t.stream], at);
+      load_slots(threads[i].x, g.x[t.stream], g.x_strides, t, at);
       if (l3) load_slots(threads[i].other, g.long_term[t.stream], at);
       load_decay(threads[i].decay, g.decay[t.stream], at);
       gate_phase(sh, g, t, i);
@@ -90,8 +90,8 @@ int run_backward(const RouteFuseArgs& g, const Plan& p) {
     poison(sh);
     for (int i = 0; i < kBlock; ++i) {
       Place<Geo> at(p, t, i);
-      load_slots(threads[i].other, g.grad_y[t.stream], at);
-      load_slots(threads[i].x, g.x[t.stream], at);
+      load_slots(threads[i].other, g.grad_y[t.stream], g.grad_strides, t, at);
+      load_slots(threads[i].x, g.x[t.stream], g.x_strides, t, at);
       load_decay(threads[i].decay, g.decay[t.stream], at);
       gate_phase<Geo>(sh, g, t, i);
     }

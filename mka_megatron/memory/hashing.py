@@ -10,18 +10,19 @@ T tables, W words (or channels) of a signature, R recalled chunks, Q = 16 querie
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.ops import recall
+from mka_megatron.ops.recall import cuda
 
 SELECTING_QUERIES = 16
 """Tokens before a chunk whose mean query selects its recalled chunks."""
@@ -69,7 +70,7 @@ class Selector:
         sums = recall.chunk_sums(k, lengths, chunks.size, self.key_bias)
         if self.kind == "exact":
             return recall.centred_means(sums, lengths)
-        return recall.sign_codes(sums, self._planes)
+        return recall.sign_codes(sums, self.hyperplanes)
 
     @torch.no_grad()
     def queries(self, q: Tensor, groups: int) -> Tensor:
@@ -97,27 +98,28 @@ class Selector:
         among = recall.Candidates(chunks.documents, chunks.first, chunks.count, window_chunks)
         if self.kind == "exact":
             return recall.largest_products(recent, signatures, among, self.recalled)
-        codes = recall.sign_codes(recent, self._planes)
-        return recall.nearest_codes(codes, signatures, among, self._planes.shape[0], self.recalled)
+        codes = recall.sign_codes(recent, self.hyperplanes)
+        return recall.nearest_codes(codes, signatures, among, self.hyperplanes.shape[0], self.recalled)
 
     @property
-    def _planes(self) -> Tensor:
+    def hyperplanes(self) -> Tensor:
+        """`planes`; raises ValueError where there are none."""
         if self.planes is None:
             raise ValueError("memory_hierarchy.l3.selection hash needs planes: pass hashing.planes(...).")
         return self.planes
 
 
 @torch.no_grad()
-def last_queries(fixed: Tensor, documents: Documents) -> Tensor:
-    """[B, S, G, d] selecting queries at hand -> [B, Q, G, d] those of the last 16 tokens, whatever their document,
-    oldest first; zeros in front where there are fewer."""
-    slots = torch.arange(fixed.shape[1], device=fixed.device).expand(fixed.shape[:2])
+def last_queries(q: Tensor, documents: Documents) -> Tensor:
+    """[B, S, ...] queries at hand -> [B, Q, ...] those of the last 16 tokens, whatever their document, oldest first;
+    zeros in front where there are fewer."""
+    slots = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
     if documents.padding is not None:
         slots = slots.masked_fill(documents.padding, -1)
     slots = F.pad(slots, (SELECTING_QUERIES, 0), value=-1)
     last = slots.topk(SELECTING_QUERIES, dim=1).values.flip(1)
-    row = torch.arange(fixed.shape[0], device=fixed.device)[:, None]
-    return fixed[row, last.clamp_min(0)].masked_fill((last < 0)[..., None, None], 0)
+    row = torch.arange(q.shape[0], device=q.device)[:, None]
+    return q[row, last.clamp_min(0)].masked_fill((last < 0)[..., None, None], 0)
 
 
 @torch.no_grad()
@@ -136,15 +138,71 @@ def recent(fixed: Tensor, before: Tensor | None, documents: Documents, chunks: C
 
 
 def chunk_means(x: Tensor, chunks: Chunks) -> Tensor:
-    """Mean over the tokens of each chunk at hand, summed in fp32 (fp64 for fp64) in an order of its own.
+    """ops.recall.chunk_means over the chunks at hand: [B, S, ...] -> [B, n, ...]."""
+    return recall.chunk_means(x, chunks.at_hand(chunks.lengths), chunks.size)
+
+
+def pooled(
+    k: Tensor, v: Tensor, chunks: Chunks, selector: Selector | None, keys: Tensor | None = None, *, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is kept of the chunks at hand.
 
     Args:
-        x: [B, S, ...] of the slots at hand.
+        k, v: [B, S, G, d] of the slots at hand.
+        selector: None without recall.
+        keys: [B, S, G, d] that select, where these are not `k`.
+        backend: "reference" or "cuda", as ops.library.choose gives it.
 
     Returns:
-        [B, n, ...], dtype of x; 0 for a chunk without tokens. Differentiable once.
+        (mean keys, mean values [B, n, G, d], differentiable; :meth:`Selector.signature`, None without a selector).
     """
-    return _ChunkMeans.apply(x, chunks.at_hand(chunks.lengths), chunks.size)
+    if backend == "reference":
+        signature = None if selector is None else selector.signature(k if keys is None else keys, chunks)
+        return chunk_means(k, chunks), chunk_means(v, chunks), signature
+    lengths = chunks.at_hand(chunks.lengths)
+    if selector is None:
+        return *cuda.means(k, v, lengths, chunks.size), None
+    planes, centre = selector.hyperplanes, selector.key_bias
+    if keys is None:
+        return cuda.pool(k, v, lengths, chunks.size, planes, centre)
+    return *cuda.means(k, v, lengths, chunks.size), cuda.codes(keys, lengths, chunks.size, planes, centre)
+
+
+@torch.no_grad()
+def select(
+    q: Tensor,
+    signatures: Tensor,
+    documents: Documents,
+    chunks: Chunks,
+    selector: Selector,
+    before: Callable[[Tensor], Tensor | None],
+    window_chunks: int,
+    *,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The chunks that those at hand recall.
+
+    Args:
+        q: [B, S, H, d] of the slots at hand.
+        signatures: [B, N', G, W], of the row's chunks up to at least the last at hand.
+        before: the last queries at hand -> those before slot 0, as memory.view.View.queries.
+        window_chunks: chunks that are attended anyway, the own one included.
+        backend: "reference" or "cuda", as ops.library.choose gives it.
+
+    Returns:
+        ([B, n, G, R] as :meth:`Selector.select` gives them, [B, Q, G, d] the last queries at hand).
+    """
+    groups = signatures.shape[2]
+    last = selector.queries(last_queries(q, documents), groups)
+    earlier = before(last)
+    if backend == "reference":
+        wanted = recent(selector.queries(q, groups), earlier, documents, chunks)
+        return selector.select(wanted, signatures, chunks, window_chunks), last
+    planes = selector.hyperplanes
+    lengths, counts = chunks.at_hand(chunks.lengths), chunks.at_hand(chunks.first_positions)
+    _, codes = cuda.recent_codes(q, earlier, lengths, counts, chunks.size, groups, planes)
+    among = recall.Candidates(chunks.documents, chunks.first, chunks.count, window_chunks)
+    return cuda.nearest_codes(codes, signatures, among, planes.shape[0], selector.recalled), last
 
 
 def recall_at(found: Tensor, wanted: Tensor) -> float:
@@ -152,46 +210,3 @@ def recall_at(found: Tensor, wanted: Tensor) -> float:
     hits = (wanted[..., :, None] == found[..., None, :]).any(dim=-1) & (wanted >= 0)
     total = int((wanted >= 0).sum())
     return int(hits.sum()) / total if total else 1.0
-
-
-class _ChunkMeans(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(lengths)
-        ctx.size, ctx.slots = size, x.shape[1]
-        part = _chunked(x, lengths, size)
-        # halves onto halves: every chunk's sum has the same order, wherever it lies and whatever lies beside it
-        while part.shape[2] > 1:
-            half = (part.shape[2] + 1) // 2
-            rest = part[:, :, half:]
-            part = part[:, :, :half]
-            part[:, :, : rest.shape[2]] += rest
-        return (part[:, :, 0] / _broadcast(lengths.clamp_min(1), part[:, :, 0])).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (lengths,) = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        share = (grad.to(wide) / _broadcast(lengths.clamp_min(1), grad)).to(grad.dtype)
-        spread = share[:, :, None].expand(-1, -1, ctx.size, *grad.shape[2:])
-        # [B, n, C, ...] -> [B, S, ...]
-        return _cleared(spread, lengths).flatten(1, 2)[:, : ctx.slots], None, None
-
-
-def _chunked(x: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """[B, S, ...] -> [B, n, C, ...] in fp32 or wider, 0 on padding."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    missing = lengths.shape[1] * size - x.shape[1]
-    wide = F.pad(wide, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else wide
-    return _cleared(wide.unflatten(1, (-1, size)), lengths)
-
-
-def _cleared(x: Tensor, lengths: Tensor) -> Tensor:
-    """[B, n, C, ...] with 0 on padding, a new tensor."""
-    empty = torch.arange(x.shape[2], device=x.device) >= lengths[..., None]
-    return x.masked_fill(empty.view(empty.shape + (1,) * (x.dim() - 3)), 0)
-
-
-def _broadcast(counts: Tensor, like: Tensor) -> Tensor:
-    return counts.view(counts.shape + (1,) * (like.dim() - 2))

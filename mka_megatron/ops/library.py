@@ -41,11 +41,9 @@ _log = logging.getLogger(__name__)
 
 
 def fields(**kinds: str) -> list[tuple[str, Any]]:
-    """`_fields_` of a struct of c_api.h, in its order: "p" a pointer, "i" an int64_t, "f" a double."""
-    return [
-        (name, {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}[k])
-        for name, k in kinds.items()
-    ]
+    """`_fields_` of a struct of c_api.h, in its order: "p" a pointer, "i" an int64_t, "i3" three of them, "f" a double."""
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "i3": ctypes.c_int64 * 3, "f": ctypes.c_double}
+    return [(name, types[kind]) for name, kind in kinds.items()]
 
 
 def expected_hash(path: Path = PATH, sources: Path = SOURCES) -> str:
@@ -141,20 +139,37 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None or x.numel() == 0 else x.data_ptr()
 
 
+def rows(x: Tensor) -> Tensor:
+    """`x` [..., d] as the kernels can read it: itself where every row of d is contiguous and aligned to 16 bytes (as the
+    keys and values within a fused projection are), else a copy."""
+    aligned = all(step * x.element_size() % 16 == 0 for step in strides(x)) and x.data_ptr() % 16 == 0
+    return x if aligned and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Elements from one row of `x` [..., d] to the next, for every axis but the last; 0 for an axis of one."""
+    return tuple(0 if size == 1 else step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+
+
 def check(
     name: str,
     x: Tensor,
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
+    *,
+    strided: bool = False,
 ) -> None:
-    """Raises ValueError unless `x` is a contiguous CUDA tensor of this shape (-1: any), dtype and device."""
+    """Raises ValueError unless `x` is a CUDA tensor of this shape (-1: any), dtype and device, and contiguous and
+    aligned unless `strided`."""
     if x.device.type != "cuda" or (device is not None and x.device != device):
         raise ValueError(f"{name} is on {x.device}: it must be on {device or 'a CUDA device'}.")
     if x.dtype not in dtypes:
         raise ValueError(f"{name} is {x.dtype}: it must be {' or '.join(str(d) for d in dtypes)}.")
     if x.dim() != len(shape) or any(want not in (-1, has) for has, want in zip(x.shape, shape, strict=True)):
         raise ValueError(f"{name} has the shape {list(x.shape)}: it must be {list(shape)} (-1: any).")
+    if strided:
+        return
     if not x.is_contiguous():
         raise ValueError(f"{name} is not contiguous: call .contiguous() first.")
     if x.data_ptr() % x.element_size() or (x.element_size() < 8 and x.data_ptr() % 16):

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from mka_megatron.ops.library import rows as library_rows
 from mka_megatron.ops.recall import cuda
 
 
@@ -19,13 +20,19 @@ def register_recall(library: ctypes.CDLL) -> None:
 
     @cuda._pool.register_kernel("cpu")
     def _(k, v, lengths, size, planes, centre):  # type: ignore[no-untyped-def]
-        out = poisoned(*cuda.pool_out(k, v, lengths, planes))
+        out, k, v = poisoned(*cuda.pool_out(k, v, lengths, planes)), library_rows(k), library_rows(v)
         call("mka_host_recall_pool", cuda.pool_args(k, v, lengths, size, planes, centre, out))
+        return out
+
+    @cuda._codes.register_kernel("cpu")
+    def _(k, lengths, size, planes, centre):  # type: ignore[no-untyped-def]
+        (out,), k = poisoned(cuda.codes_out(k, lengths, planes)), library_rows(k)
+        call("mka_host_recall_pool", cuda.pool_args(k, None, lengths, size, planes, centre, (None, None, out)))
         return out
 
     @cuda._queries.register_kernel("cpu")
     def _(q, before, lengths, counts, size, groups, planes):  # type: ignore[no-untyped-def]
-        out = poisoned(*cuda.queries_out(q, lengths, groups, planes))
+        out, q = poisoned(*cuda.queries_out(q, lengths, groups, planes)), library_rows(q)
         args = cuda.queries_args(q, before, lengths, counts, size, groups, planes, out)
         call("mka_host_recall_queries", args)
         return out

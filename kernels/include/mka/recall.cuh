@@ -83,6 +83,11 @@ MKA_HD int64_t readable(int64_t length, int64_t chunk, int64_t size, int64_t slo
   return max64(0, min64(min64(length, size), slots - chunk * size));
 }
 
+// Where a block's head of its chunk's first slot begins; strides are those of rows, slots and heads.
+MKA_HD int64_t head_offset(const Place& at, int64_t size, const int64_t (&strides)[3]) {
+  return at.row * strides[0] + at.chunk * size * strides[1] + at.group * strides[2];
+}
+
 template <int D>
 struct PoolShared {
   int64_t sums[Layout<D>::ROWS][D];
@@ -94,12 +99,11 @@ struct PoolShared {
 // The sum of tokens first + step * {j, j + n, j + 2n, ...} of COUNT when n are left: halves onto halves.
 template <typename T, int COUNT, int N, bool FIXED>
 MKA_HD void tree(
-    const T* tokens, int64_t stride, int64_t first, int step, int64_t length, int j, float (&out)[VECTOR],
-    int64_t (&sums)[VECTOR]) {
+    const T* tokens, int stride, int first, int step, int length, int j, float (&out)[VECTOR], int64_t (&sums)[VECTOR]) {
   if constexpr (N == COUNT) {
-    const int64_t token = first + static_cast<int64_t>(j) * step;
+    const int token = first + j * step;
     if (token < length) {
-      load_channels(tokens + token * stride, out);
+      load_channels(tokens + static_cast<int64_t>(token) * stride, out);
     } else {
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) out[i] = 0.0f;
@@ -132,19 +136,19 @@ template <typename T, int D, int C>
 MKA_HD void pool_rows(const MkaRecallPoolArgs& a, const Place& at, int thread, PoolShared<D>& s) {
   constexpr int ROWS = Layout<D>::ROWS, COUNT = C / ROWS;
   const int row = thread / Layout<D>::LANES, channel = thread % Layout<D>::LANES * VECTOR;
-  const int64_t length = readable(a.lengths[at.row * a.chunks + at.chunk], at.chunk, C, a.slots);
-  const int64_t stride = a.groups * D;
-  const int64_t offset = (at.row * a.slots + at.chunk * C) * stride + at.group * D + channel;
+  const int length = static_cast<int>(readable(a.lengths[at.row * a.chunks + at.chunk], at.chunk, C, a.slots));
   int64_t sums[VECTOR] = {0, 0, 0, 0, 0, 0, 0, 0};
   float part[VECTOR];
-  tree<T, COUNT, 1, true>(static_cast<const T*>(a.k) + offset, stride, row, ROWS, length, 0, part, sums);
+  const T* k = static_cast<const T*>(a.k) + head_offset(at, C, a.k_strides) + channel;
+  tree<T, COUNT, 1, true>(k, static_cast<int>(a.k_strides[1]), row, ROWS, length, 0, part, sums);
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) {
     s.k[row][channel + i] = part[i];
     s.sums[row][channel + i] = sums[i];
   }
   if (a.v == nullptr) return;
-  tree<T, COUNT, 1, false>(static_cast<const T*>(a.v) + offset, stride, row, ROWS, length, 0, part, sums);
+  const T* v = static_cast<const T*>(a.v) + head_offset(at, C, a.v_strides) + channel;
+  tree<T, COUNT, 1, false>(v, static_cast<int>(a.v_strides[1]), row, ROWS, length, 0, part, sums);
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) s.v[row][channel + i] = part[i];
 }
@@ -223,7 +227,8 @@ MKA_HD void queries_rows(const MkaRecallQueriesArgs& a, const Place& at, int thr
     const int64_t slot = s.slots[item / heads], head = item % heads;
     if (slot >= 0) {
       float some[VECTOR];
-      const int64_t from = ((at.row * a.slots + slot) * a.heads + at.group * heads + head) * D + channel;
+      const int64_t from =
+          at.row * a.q_strides[0] + slot * a.q_strides[1] + (at.group * heads + head) * a.q_strides[2] + channel;
       load_channels(static_cast<const T*>(a.q) + from, some);
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) sums[i] += fixed_point(some[i]);

@@ -60,7 +60,8 @@ inline bool supported(const RouteFuseArgs& g, bool backward) {
   if (g.batch < 1 || g.sequence < 1 || g.groups < 1 || g.channels < 1) return false;
   if (g.streams < 1 || g.streams > 2 || (g.routes != 1 && g.routes != g.groups)) return false;
   if (g.mode < kSoft || g.mode > kTop2) return false;
-  if (g.channels % (g.dtype == MKA_FP32 ? 4 : 8) != 0) return false;
+  const int64_t vector = g.dtype == MKA_FP32 ? 4 : 8;
+  if (g.channels % vector != 0) return false;
   bool l2 = g.decay[0] != nullptr, l3 = g.long_term[0] != nullptr;
   if (g.levels != 1 + l2 + l3 || g.levels < 2) return false;
   const int64_t most = INT32_MAX / 2;
@@ -73,6 +74,8 @@ inline bool supported(const RouteFuseArgs& g, bool backward) {
                            backward ? g.grad_x[s] : nullptr, backward ? g.grad_long_term[s] : nullptr};
     for (const void* each : large)
       if (!aligned(each, 16)) return false;
+    for (int64_t axis = 3 * s; axis < 3 * s + 3; ++axis)
+      if (g.x_strides[axis] % vector != 0 || (backward && g.grad_strides[axis] % vector != 0)) return false;
   }
   return aligned(g.workspace, 16);
 }

@@ -151,12 +151,22 @@ MKA_HD int64_t channel_of(const Plan& p, const Tile& t, int c) {
   return t.channel + c < p.channels ? t.head * p.channels + t.channel + c : -1;
 }
 
-// The vectors of a tensor, 0 where there is none.
+// The vectors of a contiguous tensor, 0 where there is none.
 template <class Geo>
 MKA_HD void load_slots(Raw (&to)[Geo::Steps], const void* tensor, const Place<Geo>& at) {
   const typename Geo::T* from = static_cast<const typename Geo::T*>(tensor) + at.at;
 #pragma unroll
   for (int i = 0; i < Geo::Steps; ++i, from += at.stride) to[i] = i < at.valid ? load(from) : Raw{{0, 0, 0, 0}};
+}
+
+// The same of one that lies within a larger one: `strides` of the tile's stream are those of rows, slots and heads.
+template <class Geo>
+MKA_HD void load_slots(Raw (&to)[Geo::Steps], const void* tensor, const int64_t (&strides)[6], const Tile& t, const Place<Geo>& at) {
+  const int64_t* by = strides + 3 * t.stream;
+  const typename Geo::T* from = static_cast<const typename Geo::T*>(tensor) + t.row * by[0] +
+                                (t.first + at.row * Geo::Steps) * by[1] + t.head * by[2] + t.channel + at.lane * Geo::Vector;
+#pragma unroll
+  for (int i = 0; i < Geo::Steps; ++i, from += by[1]) to[i] = i < at.valid ? load(from) : Raw{{0, 0, 0, 0}};
 }
 
 // Read anew after a barrier: registers are scarcer than the cache's bandwidth.

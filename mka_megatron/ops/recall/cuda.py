@@ -1,6 +1,6 @@
 """The recall's CUDA kernels: the reference's results bit for bit, in one read of the keys and values.
 
-Shapes as in the package. All arguments are contiguous CUDA tensors; ValueError for what the kernels cannot do.
+Shapes as in the package. All arguments are CUDA tensors, of any strides; ValueError for what the kernels cannot do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mka_megatron.ops import library
-from mka_megatron.ops.recall.reference import Candidates
+from mka_megatron.ops.recall.reference import Candidates, spread_means
 
 CHANNELS = (64, 128, 256)
 SIZES = (64, 128)
@@ -25,7 +25,7 @@ class PoolArgs(ctypes.Structure):
 
     _fields_ = library.fields(
         k="p", v="p", lengths="p", planes="p", centre="p", k_mean="p", v_mean="p", codes="p",
-        dtype="i", centre_dtype="i", batch="i", slots="i", chunks="i", groups="i", channels="i", size="i", words="i",
+        k_strides="i3", v_strides="i3", dtype="i", centre_dtype="i", batch="i", slots="i", chunks="i", groups="i", channels="i", size="i", words="i",
     )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ class QueriesArgs(ctypes.Structure):
 
     _fields_ = library.fields(
         q="p", before="p", lengths="p", counts="p", planes="p", sums="p", codes="p",
-        dtype="i", batch="i", slots="i", chunks="i", heads="i", groups="i", channels="i", size="i", words="i",
+        q_strides="i3", dtype="i", batch="i", slots="i", chunks="i", heads="i", groups="i", channels="i", size="i", words="i",
     )  # fmt: skip
 
 
@@ -46,6 +46,17 @@ class SelectArgs(ctypes.Structure):
         batch="i", count="i", groups="i", words="i", tables="i", total="i", stored="i",
         first="i", window="i", recalled="i",
     )  # fmt: skip
+
+
+def lacks(channels: int, size: int, dtype: torch.dtype, selection: str) -> str:
+    """Why there is no kernel for heads of so many channels, a chunk size, a dtype and a selection; "": there is."""
+    if selection == "exact":
+        return "it selects by hash codes, not by exact products"
+    if dtype not in _DTYPES:
+        return f"its dtypes are {', '.join(map(str, _DTYPES))}, not {dtype}"
+    if channels not in CHANNELS:
+        return f"a head must have {', '.join(map(str, CHANNELS))} channels, not {channels}"
+    return "" if size in SIZES else f"its chunk sizes are {' and '.join(map(str, SIZES))}, not {size}"
 
 
 def pool(
@@ -61,10 +72,20 @@ def pool(
         centre: [G, d] that is taken from every key before its code is made.
 
     Returns:
-        mean keys and values [B, n, G, d], differentiable, and codes [B, n, G, W] int64 as `chunk_sums` and
-        `sign_codes` give them.
+        mean keys and values [B, n, G, d], differentiable, and codes [B, n, G, W] int64: `chunk_means` of both, and
+        `sign_codes` of the keys' `chunk_sums`.
     """
-    return _pool(k, v, lengths, size, planes, centre)
+    return _pool(k, v, lengths.contiguous(), size, planes, None if centre is None else centre.contiguous())
+
+
+def means(k: Tensor, v: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The means of :func:`pool` alone."""
+    return _pool(k, v, lengths.contiguous(), size, None, None)[:2]
+
+
+def codes(k: Tensor, lengths: Tensor, size: int, planes: Tensor, centre: Tensor | None = None) -> Tensor:
+    """The codes of :func:`pool` alone."""
+    return _codes(k, lengths.contiguous(), size, planes, None if centre is None else centre.contiguous())
 
 
 def recent_codes(
@@ -82,32 +103,33 @@ def recent_codes(
     Returns:
         sums [B, n, G, d] fp64 as `recent_sums` gives them, and their codes [B, n, G, W] int64.
     """
-    return _queries(q, before, lengths, counts, size, groups, planes)
+    earlier = None if before is None else before.contiguous()
+    return _queries(q, earlier, lengths.contiguous(), counts.contiguous(), size, groups, planes)
 
 
 def nearest_codes(
     queries: Tensor, codes: Tensor, candidates: Candidates, tables: int, recalled: int
 ) -> Tensor:
     """As the reference's `nearest_codes`."""
-    return _select(
-        queries, codes, candidates.documents, candidates.first, candidates.window, tables, recalled
-    )
+    given = (x.contiguous() for x in (queries, codes, candidates.documents))
+    return _select(*given, candidates.first, candidates.window, tables, recalled)
 
 
 def pool_args(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     lengths: Tensor,
     size: int,
-    planes: Tensor,
+    planes: Tensor | None,
     centre: Tensor | None,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor | None, Tensor | None, Tensor],
 ) -> PoolArgs:
     """The call's struct; the tensors must outlive it."""
     batch, slots, groups, channels = k.shape
     at = library.pointer
     return PoolArgs(
         at(k), at(v), at(lengths), at(planes), at(centre), *map(at, out),
+        library.strides(k), library.strides(k if v is None else v),
         library.DTYPES[k.dtype], 0 if centre is None else library.DTYPES[centre.dtype],
         batch, slots, lengths.shape[1], groups, channels, size, out[2].shape[-1],
     )  # fmt: skip
@@ -128,7 +150,7 @@ def queries_args(
     at = library.pointer
     return QueriesArgs(
         at(q), at(before), at(lengths), at(counts), at(planes), *map(at, out),
-        library.DTYPES[q.dtype], batch, slots, lengths.shape[1], heads, groups, channels, size, out[1].shape[-1],
+        library.strides(q), library.DTYPES[q.dtype], batch, slots, lengths.shape[1], heads, groups, channels, size, out[1].shape[-1],
     )  # fmt: skip
 
 
@@ -151,15 +173,20 @@ def select_args(
     )  # fmt: skip
 
 
-def pool_out(k: Tensor, v: Tensor, lengths: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty outputs of :func:`pool`."""
+def pool_out(k: Tensor, v: Tensor, lengths: Tensor, planes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty outputs of :func:`pool`; without planes the codes have no words."""
     batch, _, groups, channels = k.shape
     chunks = lengths.shape[1]
     return (
         k.new_empty(batch, chunks, groups, channels),
         v.new_empty(batch, chunks, groups, channels),
-        lengths.new_empty(batch, chunks, groups, planes.shape[0] * planes.shape[1] // 64),
+        codes_out(k, lengths, planes),
     )
+
+
+def codes_out(k: Tensor, lengths: Tensor, planes: Tensor | None) -> Tensor:
+    """Empty codes."""
+    return lengths.new_empty(*lengths.shape, k.shape[2], 0 if planes is None else planes.shape[0] * planes.shape[1] // 64)
 
 
 def queries_out(q: Tensor, lengths: Tensor, groups: int, planes: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +199,7 @@ def queries_out(q: Tensor, lengths: Tensor, groups: int, planes: Tensor) -> tupl
 
 
 def _pool_fake(
-    k: Tensor, v: Tensor, lengths: Tensor, size: int, planes: Tensor, centre: Tensor | None
+    k: Tensor, v: Tensor, lengths: Tensor, size: int, planes: Tensor | None, centre: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return pool_out(k, v, lengths, planes)
 
@@ -188,28 +215,44 @@ def _pool_backward(
     ctx: Any, grad_k: Tensor, grad_v: Tensor, _: Any
 ) -> tuple[Tensor, Tensor, None, None, None, None]:
     (lengths,) = ctx.saved_tensors
-    return (
-        _spread(grad_k, lengths, ctx.size, ctx.slots),
-        _spread(grad_v, lengths, ctx.size, ctx.slots),
-        None, None, None, None,
-    )  # fmt: skip
+    of_k, of_v = (spread_means(grad, lengths, ctx.size, ctx.slots) for grad in (grad_k, grad_v))
+    return of_k, of_v, None, None, None, None
 
 
 @library.operator("recall_pool", _pool_fake, backward=_pool_backward, save=_pool_save)
 def _pool(
-    k: Tensor, v: Tensor, lengths: Tensor, size: int, planes: Tensor, centre: Tensor | None
+    k: Tensor, v: Tensor, lengths: Tensor, size: int, planes: Tensor | None, centre: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    library.check("k", k, (-1, -1, -1, -1), _DTYPES)
-    batch, slots, groups, channels = k.shape
-    _sizes(size, channels)
-    library.check("v", v, k.shape, (k.dtype,), k.device)
-    library.check("lengths", lengths, (batch, -(-slots // size)), (torch.int64,), k.device)
-    _check_planes(planes, channels, k.device)
-    if centre is not None:
-        library.check("centre", centre, (groups, channels), _DTYPES, k.device)
+    _check_pool(k, lengths, size, planes, centre)
+    library.check("v", v, k.shape, (k.dtype,), k.device, strided=True)
     out = pool_out(k, v, lengths, planes)
+    k, v = library.rows(k), library.rows(v)
     library.run("mka_recall_pool", pool_args(k, v, lengths, size, planes, centre, out), k.device)
     return out
+
+
+def _codes_fake(k: Tensor, lengths: Tensor, size: int, planes: Tensor, centre: Tensor | None) -> Tensor:
+    return codes_out(k, lengths, planes)
+
+
+@library.operator("recall_codes", _codes_fake)
+def _codes(k: Tensor, lengths: Tensor, size: int, planes: Tensor, centre: Tensor | None) -> Tensor:
+    _check_pool(k, lengths, size, planes, centre)
+    out, k = codes_out(k, lengths, planes), library.rows(k)
+    args = pool_args(k, None, lengths, size, planes, centre, (None, None, out))
+    library.run("mka_recall_pool", args, k.device)
+    return out
+
+
+def _check_pool(k: Tensor, lengths: Tensor, size: int, planes: Tensor | None, centre: Tensor | None) -> None:
+    library.check("k", k, (-1, -1, -1, -1), _DTYPES, strided=True)
+    batch, slots, groups, channels = k.shape
+    _sizes(size, channels, k.dtype)
+    library.check("lengths", lengths, (batch, -(-slots // size)), (torch.int64,), k.device)
+    if planes is not None:
+        _check_planes(planes, channels, k.device)
+    if centre is not None:
+        library.check("centre", centre, (groups, channels), _DTYPES, k.device)
 
 
 def _queries_fake(
@@ -222,9 +265,9 @@ def _queries_fake(
 def _queries(
     q: Tensor, before: Tensor | None, lengths: Tensor, counts: Tensor, size: int, groups: int, planes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    library.check("q", q, (-1, -1, -1, -1), _DTYPES)
+    library.check("q", q, (-1, -1, -1, -1), _DTYPES, strided=True)
     batch, slots, heads, channels = q.shape
-    _sizes(size, channels)
+    _sizes(size, channels, q.dtype)
     if groups < 1 or heads % groups:
         raise ValueError(f"q has {heads} heads: they must be a multiple of the {groups} KV heads.")
     if before is not None:
@@ -232,10 +275,9 @@ def _queries(
     library.check("lengths", lengths, (batch, -(-slots // size)), (torch.int64,), q.device)
     library.check("counts", counts, lengths.shape, (torch.int64,), q.device)
     _check_planes(planes, channels, q.device)
-    out = queries_out(q, lengths, groups, planes)
-    library.run(
-        "mka_recall_queries", queries_args(q, before, lengths, counts, size, groups, planes, out), q.device
-    )
+    out, q = queries_out(q, lengths, groups, planes), library.rows(q)
+    args = queries_args(q, before, lengths, counts, size, groups, planes, out)
+    library.run("mka_recall_queries", args, q.device)
     return out
 
 
@@ -262,28 +304,12 @@ def _select(
     return out
 
 
-def _sizes(size: int, channels: int) -> None:
-    if size not in SIZES:
-        raise ValueError(
-            f"the chunk size is {size}: the recall kernels have {' and '.join(map(str, SIZES))}."
-        )
-    if channels not in CHANNELS:
-        raise ValueError(
-            f"a head has {channels} channels: the recall kernels have {', '.join(map(str, CHANNELS))}."
-        )
+def _sizes(size: int, channels: int, dtype: torch.dtype) -> None:
+    if problem := lacks(channels, size, dtype, "hash"):
+        raise ValueError(f"recall has no kernel: {problem}.")
 
 
 def _check_planes(planes: Tensor, channels: int, device: torch.device) -> None:
     library.check("planes", planes, (-1, -1, channels), (torch.int8,), device)
     if planes.shape[1] % 64:
         raise ValueError(f"planes has {planes.shape[1]} bits a table: give a multiple of 64.")
-
-
-def _spread(grad: Tensor, lengths: Tensor, size: int, slots: int) -> Tensor:
-    """The gradient of a mean: [B, n, G, d] -> [B, S, G, d], 0 on padding."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    share = (grad.to(wide) / lengths.clamp_min(1)[..., None, None]).to(grad.dtype)
-    empty = torch.arange(size, device=grad.device) >= lengths[..., None]
-    # [B, n, C, G, d] -> [B, S, G, d]
-    spread = share[:, :, None].expand(-1, -1, size, -1, -1).masked_fill(empty[..., None, None], 0)
-    return spread.flatten(1, 2)[:, :slots]

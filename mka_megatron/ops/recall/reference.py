@@ -1,13 +1,15 @@
-"""The specification of the recall in PyTorch: any device, no gradient. Shapes as in the package."""
+"""The specification of the recall in PyTorch, on any device; only the means have a gradient. Shapes as in the package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FRACTION_BITS = 16
 """Numbers are rounded to multiples of 2^-16."""
@@ -47,6 +49,29 @@ def chunk_sums(x: Tensor, lengths: Tensor, size: int, centre: Tensor | None = No
     if centre is not None:
         sums -= lengths[..., None, None] * fixed_point(centre)
     return sums
+
+
+def chunk_means(x: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """Mean over the tokens of each chunk, summed in fp32 (fp64 for fp64) in an order of its own.
+
+    Args:
+        x: [B, S, ...] of the slots at hand.
+        lengths: [B, n] int64 tokens at the head of each chunk.
+        size: C.
+
+    Returns:
+        [B, n, ...], dtype of x; 0 for a chunk without tokens. Differentiable once.
+    """
+    return _ChunkMeans.apply(x, lengths, size)
+
+
+def spread_means(grad: Tensor, lengths: Tensor, size: int, slots: int) -> Tensor:
+    """The gradient of :func:`chunk_means`: [B, n, ...] -> [B, S, ...], 0 on padding."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    share = (grad.to(wide) / _broadcast(lengths.clamp_min(1), grad)).to(grad.dtype)
+    spread = share[:, :, None].expand(-1, -1, size, *grad.shape[2:])
+    # [B, n, C, ...] -> [B, S, ...]
+    return _cleared(spread, lengths).flatten(1, 2)[:, :slots]
 
 
 def centred_means(sums: Tensor, lengths: Tensor) -> Tensor:
@@ -218,3 +243,42 @@ def _coarse(x: Tensor) -> Tensor:
 def _power(exponent: Tensor) -> Tensor:
     """2^exponent in fp64, by its bits: exact on every device."""
     return ((exponent + 1023) << 52).view(torch.float64)
+
+
+class _ChunkMeans(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(lengths)
+        ctx.size, ctx.slots = size, x.shape[1]
+        part = _chunked(x, lengths, size)
+        # halves onto halves: every chunk's sum has the same order, wherever it lies and whatever lies beside it
+        while part.shape[2] > 1:
+            half = (part.shape[2] + 1) // 2
+            rest = part[:, :, half:]
+            part = part[:, :, :half]
+            part[:, :, : rest.shape[2]] += rest
+        return (part[:, :, 0] / _broadcast(lengths.clamp_min(1), part[:, :, 0])).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (lengths,) = ctx.saved_tensors
+        return spread_means(grad, lengths, ctx.size, ctx.slots), None, None
+
+
+def _chunked(x: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """[B, S, ...] -> [B, n, C, ...] in fp32 or wider, 0 on padding."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    missing = lengths.shape[1] * size - x.shape[1]
+    wide = F.pad(wide, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else wide
+    return _cleared(wide.unflatten(1, (-1, size)), lengths)
+
+
+def _cleared(x: Tensor, lengths: Tensor) -> Tensor:
+    """[B, n, C, ...] with 0 on padding, a new tensor."""
+    empty = torch.arange(x.shape[2], device=x.device) >= lengths[..., None]
+    return x.masked_fill(empty.view(empty.shape + (1,) * (x.dim() - 3)), 0)
+
+
+def _broadcast(counts: Tensor, like: Tensor) -> Tensor:
+    return counts.view(counts.shape + (1,) * (like.dim() - 2))

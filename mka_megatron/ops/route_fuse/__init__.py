@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mka_megatron.ops.route_fuse import cuda, reference
-from mka_megatron.ops.route_fuse.slots import pack as pack
+from mka_megatron.ops.route_fuse.route import MODES
+from mka_megatron.ops.scan import Rows
 
 BACKENDS = {"reference": reference.route_fuse, "cuda": cuda.route_fuse}
-MODES = ("soft", "fixed", "top1", "top2")
 
 
 @dataclass(frozen=True)
@@ -26,47 +26,54 @@ class Stream:
     """What is fused by the common route: the raw keys, or the raw values."""
 
     x: Tensor
-    """[B, S, G, d]."""
+    """[B, S, G, d], any strides."""
     decay: Tensor | None = None
-    """L2: the EMA's decay in (0, 1), broadcastable to [G, d]; None: no L2."""
+    """L2: the EMA's decay in (0, 1), broadcastable to [G, d]; None: no EMA."""
     carry: Tensor | None = None
-    """L2: [B, G, d] state before slot 0; None: 0."""
+    """L2: [B, G, d] state of the EMA before slot 0, which the first document of every row continues; None: every row
+    starts afresh."""
     long_term: Tensor | None = None
     """L3: [B, S, G, d], dtype of x; None: no L3."""
+    summary: Tensor | None = None
+    """L2 where it is no EMA but given: [B, S, G, d], dtype of x. The reference only."""
 
 
 def route_fuse(
     streams: Sequence[Stream],
     logits: Tensor,
     beta: Tensor,
-    slots: Tensor,
+    rows: Rows,
+    available: Tensor | None = None,
     *,
     mode: str = "soft",
     backend: str = "reference",
-) -> list[tuple[Tensor, Tensor | None]]:
+) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
     """Fuse one or two streams by one route; differentiable once in every floating point tensor that goes in.
 
-    The state of L2 is s_t = a s_{t-1} + b x_t with (a, b) by the slot's kind: (decay, 1 - decay) for a STEP, (0, 1)
-    for a FRESH one, (1, 0) for HOLD, whose x is not read into the state. Arithmetic and states are fp32, fp64 for
-    fp64 x. Nothing of one document reaches another, be it NaN.
+    The EMA is that of ops.scan.ema. Arithmetic and states are fp32, fp64 for fp64 x. Nothing of one document reaches
+    another, be it NaN.
 
     Args:
         streams: one or two, alike in shape, dtype and levels.
-        logits: [B, S, L], or [B, S, G, L] for a route per KV head; 2 <= L <= 3.
+        logits: [B, S, L], or [B, S, G, L] for a route per KV head; L is 2 or 3.
         beta: scalar or [1], the blend.
-        slots: [B, S] uint8 from :func:`pack`: every slot's kind and available levels.
-        mode: "soft", "fixed", "top1" or "top2", as memory.routing.route.
-        backend: as :func:`choose` gives it.
+        rows: boundaries of the [B, S] slots.
+        available: [B, S, L] bool, the levels that hold something, L1 always; None: all.
+        mode: "soft", "fixed", "top1" or "top2", as in :func:`route.route`.
+        backend: "reference" or "cuda", as ops.library.choose gives it.
 
     Returns:
-        For every stream (fused [B, S, G, d], dtype of x; L2's state after the last slot [B, G, d] in fp32 or fp64,
-        None without L2). Raises ValueError when the inputs contradict each other.
+        For every stream (fused [B, S, G, d], dtype of x; the EMA's state after the last slot [B, G, d] in fp32 or
+        fp64, None without one); and the weights, of the shape of `logits`, detached. Raises ValueError when the
+        inputs contradict each other.
     """
-    _check(streams, logits, beta, slots, mode)
-    return BACKENDS[backend](streams, logits, beta, slots, mode)
+    _check(streams, logits, beta, rows, available, mode)
+    return BACKENDS[backend](streams, logits, beta, rows, available, mode)
 
 
-def _check(streams: Sequence[Stream], logits: Tensor, beta: Tensor, slots: Tensor, mode: str) -> None:
+def _check(
+    streams: Sequence[Stream], logits: Tensor, beta: Tensor, rows: Rows, available: Tensor | None, mode: str
+) -> None:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: use soft, fixed, top1 or top2.")
     if len(streams) not in (1, 2):
@@ -78,19 +85,22 @@ def _check(streams: Sequence[Stream], logits: Tensor, beta: Tensor, slots: Tenso
     for each in streams:
         if each.x.shape != x.shape or each.x.dtype != x.dtype or _levels(each) != levels:
             raise ValueError("the two streams differ in shape, dtype or levels: make them alike.")
-        if each.long_term is not None and (each.long_term.shape, each.long_term.dtype) != (x.shape, x.dtype):
-            raise ValueError(
-                f"long_term is {each.long_term.dtype} of shape {list(each.long_term.shape)}, x {x.dtype} of shape "
-                f"{list(x.shape)}: make them equal."
-            )
+        for name, level in (("long_term", each.long_term), ("summary", each.summary)):
+            if level is not None and (level.shape, level.dtype) != (x.shape, x.dtype):
+                raise ValueError(
+                    f"{name} is {level.dtype} of shape {list(level.shape)}, x {x.dtype} of shape {list(x.shape)}: make "
+                    "them equal."
+                )
+        if each.decay is not None and each.summary is not None:
+            raise ValueError("decay and summary are both given: L2 is one of the two.")
         if each.decay is not None and torch.broadcast_shapes(each.decay.shape, (groups, channels)) != (groups, channels):
             raise ValueError(f"decay has shape {list(each.decay.shape)}: make it broadcastable to [G, d].")
         if each.carry is not None and each.decay is None:
-            raise ValueError("carry is given without a decay: only L2 carries a state.")
+            raise ValueError("carry is given without a decay: only the EMA carries a state.")
         if each.carry is not None and each.carry.shape != (batch, groups, channels):
             raise ValueError(f"carry has shape {list(each.carry.shape)}: give [B, G, d].")
     if sum(levels) == 0:
-        raise ValueError("neither decay nor long_term is given: with one level there is nothing to fuse.")
+        raise ValueError("neither L2 nor L3 is given: with one level there is nothing to fuse.")
     routes = {(batch, sequence, 1 + sum(levels)), (batch, sequence, groups, 1 + sum(levels))}
     if tuple(logits.shape) not in routes:
         raise ValueError(
@@ -98,9 +108,11 @@ def _check(streams: Sequence[Stream], logits: Tensor, beta: Tensor, slots: Tenso
         )
     if beta.numel() != 1:
         raise ValueError(f"beta has shape {list(beta.shape)}: give a scalar or [1].")
-    if slots.dtype != torch.uint8 or slots.shape != (batch, sequence):
-        raise ValueError(f"slots is {slots.dtype} of shape {list(slots.shape)}: give uint8 [B, S] from pack.")
+    if rows.starts.shape != (batch, sequence):
+        raise ValueError(f"rows are of {list(rows.starts.shape)} slots, x of {[batch, sequence]}: make them equal.")
+    if available is not None and (available.dtype, tuple(available.shape)) != (torch.bool, (batch, sequence, logits.shape[-1])):
+        raise ValueError(f"available is {available.dtype} of shape {list(available.shape)}: give bool [B, S, L].")
 
 
-def _levels(stream: Stream) -> tuple[bool, bool]:
-    return stream.decay is not None, stream.long_term is not None
+def _levels(stream: Stream) -> tuple[bool, bool, bool]:
+    return stream.decay is not None, stream.summary is not None, stream.long_term is not None

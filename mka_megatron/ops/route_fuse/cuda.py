@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from mka_megatron.ops import library
+from mka_megatron.ops.route_fuse.route import route
+from mka_megatron.ops.route_fuse.slots import pack
+from mka_megatron.ops.scan import Rows
 
 if TYPE_CHECKING:
     from mka_megatron.ops.route_fuse import Stream
@@ -31,6 +34,7 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_void_p * _STREAMS) for name in ("y", "last", "states", "grad_y", "grad_last")),
         *((name, ctypes.c_void_p * _STREAMS) for name in ("grad_x", "grad_long_term", "grad_decay", "grad_carry")),
         *((name, ctypes.c_void_p) for name in ("grad_logits", "grad_beta", "workspace")),
+        *((name, ctypes.c_int64 * (3 * _STREAMS)) for name in ("x_strides", "grad_strides")),
         *((name, ctypes.c_int64) for name in ("batch", "sequence", "groups", "channels", "streams")),
         *((name, ctypes.c_int64) for name in ("routes", "levels", "mode", "dtype")),
     ]
@@ -45,6 +49,10 @@ def arguments(mode: str, x: Sequence[Tensor], logits: Tensor, **tensors: Tensor 
         else:
             for stream, each in enumerate(value):
                 getattr(args, name)[stream] = library.pointer(each)
+    for name, given in (("x_strides", x), ("grad_strides", tensors.get("grad_y", ()))):
+        for stream, each in enumerate(given):
+            assert each is not None
+            getattr(args, name)[3 * stream : 3 * stream + 3] = library.strides(each)
     args.batch, args.sequence, args.groups, args.channels = x[0].shape
     args.streams, args.levels, args.mode = len(x), logits.shape[-1], MODES[mode]
     args.routes = args.groups if logits.dim() == 4 else 1
@@ -65,33 +73,47 @@ def workspace_bytes(lib: ctypes.CDLL, args: Args, backward: bool) -> int:
     return lib.mka_route_fuse_workspace_bytes(ctypes.byref(args), int(backward))
 
 
+def lacks(channels: int, dtype: torch.dtype, summary: str) -> str:
+    """Why there is no kernel for heads of so many channels, a dtype and a kind of L2 ("ema" or "mean"); "": there is."""
+    if dtype not in DTYPES:
+        return f"its dtypes are {', '.join(map(str, DTYPES))}, not {dtype}"
+    lanes = 16 // dtype.itemsize
+    if channels % lanes:
+        return f"a head's channels must be a multiple of {lanes}, not {channels}"
+    return "it has the EMA, not the prefix mean" if summary == "mean" else ""
+
+
 def route_fuse(
-    streams: Sequence[Stream], logits: Tensor, beta: Tensor, slots: Tensor, mode: str
-) -> list[tuple[Tensor, Tensor | None]]:
-    """As the contract says, for fp32, bf16 and fp16 tensors on one GPU; d is a multiple of 8 (4 in fp32).
+    streams: Sequence[Stream], logits: Tensor, beta: Tensor, rows: Rows, available: Tensor | None, mode: str
+) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
+    """As the contract says, for tensors on one GPU of which :func:`lacks` says nothing.
 
     Raises ValueError for other types or devices, LibraryError where the kernels are not there.
     """
     shape, device = streams[0].x.shape, streams[0].x.device
     for each in streams:
-        library.check("x", each.x, shape, DTYPES, device)
-        if each.long_term is not None:
-            library.check("long_term", each.long_term, shape, DTYPES, device)
-    library.check("slots", slots, shape[:2], (torch.uint8,), device)
-    lanes = 16 // streams[0].x.element_size()
-    if shape[3] % lanes:
-        raise ValueError(f"x has {shape[3]} channels per head: the kernels need a multiple of {lanes}.")
+        if each.summary is not None:
+            raise ValueError("L2 is given as a summary: the kernels have the EMA, take the reference.")
+        for name, x in (("x", each.x), ("long_term", each.long_term)):
+            if x is not None:
+                library.check(name, x, shape, DTYPES, device, strided=True)
+    if problem := lacks(shape[3], streams[0].x.dtype, "ema"):
+        raise ValueError(f"route_fuse has no kernel: {problem}.")
     wide = [x.contiguous() for x in (logits.float(), beta.float().reshape(1))]
     # an expanded decay's gradient is summed by autograd
     decay = [s.decay.float().expand(shape[2:]).contiguous() for s in streams if s.decay is not None]
     carry = [s.carry.float().contiguous() for s in streams if s.carry is not None]
     if len(carry) not in (0, len(streams)):
         raise ValueError("one stream has a carry and the other none: give both or neither.")
-    long_term = [s.long_term for s in streams if s.long_term is not None]
+    long_term = [s.long_term.contiguous() for s in streams if s.long_term is not None]
+    slots = pack(rows, available, logits.shape[-1], bool(carry))
+    library.check("rows", slots, shape[:2], (torch.uint8,), device)
     out = _forward([s.x for s in streams], long_term, decay, carry, *wide, slots, mode)
     count = len(streams)
     lasts = out[count : 2 * count] if decay else [None] * count
-    return list(zip(out[:count], lasts, strict=True))
+    if available is not None and logits.dim() == 4:
+        available = available[:, :, None]
+    return list(zip(out[:count], lasts, strict=True)), route(logits.detach(), available, mode)
 
 
 def _fake(
@@ -99,14 +121,19 @@ def _fake(
     slots: Tensor, mode: str,
 ) -> list[Tensor]:  # fmt: skip
     batch, sequence, groups, channels = x[0].shape
-    y = [torch.empty_like(each) for each in x]
+    y = [_empty(each) for each in x]
     if not decay:
         return y
-    last = [each.new_empty(batch, groups, channels, dtype=torch.float32) for each in x]
     chunk = chunk_tokens(channels, x[0].element_size(), bool(long_term))
     chunks = (sequence + chunk - 1) // chunk
+    last = [each.new_empty(batch, groups, channels, dtype=torch.float32) for each in x]
     states = [each.new_empty(batch, chunks, groups * channels, dtype=torch.float32) for each in x]
     return [*y, *last, *states]
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Like `x`, but contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def chunk_tokens(channels: int, element_size: int, l3: bool) -> int:
@@ -134,7 +161,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, long_term, decay = take(count), take(count * l3), take(count * l2)
     logits, beta, slots = take(3)
     batch, _, groups, channels = x[0].shape
-    grad_y = [torch.zeros_like(a) if g is None else g.contiguous() for a, g in zip(x, grads, strict=False)]
+    grad_y = [_empty(a).zero_() if g is None else g for a, g in zip(x, grads, strict=False)]
     grad_last = [
         x[0].new_zeros(batch, groups, channels, dtype=torch.float32) if g is None else g.contiguous()
         for g in grads[count : 2 * count]
@@ -160,7 +187,7 @@ def _forward(
         for last, state in zip(out[len(x) :], carry, strict=False):
             last.copy_(state)
         return out
-    count = len(x)
+    count, x = len(x), [library.rows(each) for each in x]
     args = arguments(
         mode, x, logits, long_term=long_term, decay=decay, carry=carry, beta=beta, slots=slots,
         y=out[:count], last=out[count : 2 * count], states=out[2 * count :],
@@ -174,7 +201,7 @@ def _fake_backward(
     states: list[Tensor], grad_y: list[Tensor], grad_last: list[Tensor], carried: bool, mode: str,
 ) -> list[Tensor]:  # fmt: skip
     carries = grad_last if carried else []
-    return [torch.empty_like(each) for each in (*x, *long_term, *decay, *carries, logits, beta)]
+    return [_empty(each) for each in (*x, *long_term, *decay, *carries, logits, beta)]
 
 
 @library.operator("route_fuse_backward", _fake_backward)
@@ -186,8 +213,8 @@ def _backward(
     out = _fake_backward(x, long_term, decay, logits, beta, slots, states, grad_y, grad_last, carried, mode)
     if x[0].numel() == 0:
         return [each.zero_() for each in out]
-    count = len(x)
-    parts = iter(out)
+    count, parts = len(x), iter(out)
+    x, grad_y = [library.rows(each) for each in x], [library.rows(each) for each in grad_y]
     lists = {
         name: [next(parts) for _ in range(count if there else 0)]
         for name, there in (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mka_megatron.memory import hashing
 from mka_megatron.memory.chunks import Chunks
+from mka_megatron.ops import library as package_library
 from mka_megatron.ops import recall
 from mka_megatron.ops.recall import cuda
 from tests.helpers.c_api import struct_fields
@@ -82,6 +83,33 @@ def test_pooling(host: SimpleNamespace, dtype: torch.dtype, channels: int, size:
     assert_bitwise(found[0], hashing.chunk_means(k, chunks))
     assert_bitwise(found[1], hashing.chunk_means(v, chunks))
     assert_bitwise(found[2], recall.sign_codes(recall.chunk_sums(k, lengths, size, centre), planes))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_keys_and_queries_within_a_projection(host: SimpleNamespace, dtype: torch.dtype) -> None:
+    """Sequence first, a group's queries beside its key and value, as Megatron projects them; nothing is copied."""
+    torch.manual_seed(0)
+    slots, groups, fan, channels, size = 300, 2, 3, 64, 128
+    projected = wild(slots, 2, groups, (fan + 2) * channels, dtype=dtype).transpose(0, 1)
+    q, k, v = projected.split((fan * channels, channels, channels), dim=3)
+    # [B, S, G, H/G * d] -> [B, S, H, d]
+    q = q.unflatten(3, (fan, channels)).flatten(2, 3)
+    assert not k.is_contiguous() and package_library.rows(k) is k and package_library.rows(v) is v
+    lengths = torch.tensor([[128, 90, 44], [1, 128, 0]])
+    planes = hashing.planes(3, 2, 64, channels)
+    selector = hashing.Selector("hash", 2, planes)
+    pooled = cuda.pool(k, v, lengths, size, planes)
+    expected = recall.chunk_sums(k, lengths, size)
+    for found, exact in zip(
+        pooled, (*(recall.chunk_means(x, lengths, size) for x in (k, v)), recall.sign_codes(expected, planes)), strict=True
+    ):
+        assert_bitwise(found, exact)
+    for found, exact in zip(cuda.means(k, v, lengths, size), pooled, strict=False):
+        assert_bitwise(found, exact)
+    assert_bitwise(cuda.codes(k, lengths, size, planes), pooled[2])
+    counts = torch.tensor([[0, 128, 218], [0, 1, 129]])
+    sums, _ = host.recent_codes(q, None, lengths, counts, size, groups, planes)
+    assert_bitwise(sums, recall.recent_sums(selector.queries(q, groups), None, lengths, counts, size, 16))
 
 
 @pytest.mark.parametrize("centre_dtype", [None, *HALVES], ids=str)

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mka_megatron.memory.documents import Documents
 from mka_megatron.ops import library as package_library
 from mka_megatron.ops import route_fuse as op
-from mka_megatron.ops.route_fuse import Stream, cuda, reference
+from mka_megatron.ops.route_fuse import Stream, cuda
+from mka_megatron.ops.route_fuse.route import route
+from mka_megatron.ops.route_fuse.slots import pack
 from tests.helpers.host_route_fuse import run_on_host
 from tests.helpers.layouts import NAMES, layout
 from tests.helpers.numerics import assert_as_accurate, assert_bitwise, assert_same
@@ -57,7 +60,8 @@ def inputs(
 
 
 def results(
-    streams: list[Stream], logits: Tensor, beta: Tensor, slots: Tensor, mode: str, backend: str, wide: bool = False
+    streams: list[Stream], logits: Tensor, beta: Tensor, rows: Documents, available: Tensor | None, mode: str,
+    backend: str, wide: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs, and the gradients of a fixed functional of them; `wide`: in fp64."""
 
@@ -66,8 +70,8 @@ def results(
 
     streams = [Stream(*(put(each) for each in (s.x, s.decay, s.carry, s.long_term))) for s in streams]
     logits, beta = put(logits), put(beta)
-    out = op.route_fuse(streams, logits, beta, slots, mode=mode, backend=backend)
-    found: dict[str, Tensor] = {}
+    out, weights = op.route_fuse(streams, logits, beta, rows, available, mode=mode, backend=backend)
+    found: dict[str, Tensor] = {"weights": weights}
     leaves: dict[str, Tensor] = {"logits": logits, "beta": beta}
     total = torch.zeros((), dtype=torch.float64)
     generator = torch.Generator().manual_seed(7)
@@ -86,11 +90,11 @@ def results(
     return {**found, **{f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
-def compare(streams, logits, beta, slots, mode: str = "soft") -> None:
+def compare(streams, logits, beta, rows, available=None, mode: str = "soft") -> None:
     """The kernels against the specification in fp64: no worse than it is in the tensors' own precision."""
-    found = results(streams, logits, beta, slots, mode, "cuda")
-    peer = results(streams, logits, beta, slots, mode, "reference")
-    exact = results(streams, logits, beta, slots, mode, "reference", wide=True)
+    found = results(streams, logits, beta, rows, available, mode, "cuda")
+    peer = results(streams, logits, beta, rows, available, mode, "reference")
+    exact = results(streams, logits, beta, rows, available, mode, "reference", wide=True)
     assert found.keys() == exact.keys() == peer.keys()
     for name in exact:
         low = found[name].dtype in (torch.bfloat16, torch.float16)
@@ -99,7 +103,7 @@ def compare(streams, logits, beta, slots, mode: str = "soft") -> None:
                 assert_as_accurate(found[name], exact[name].to(found[name].dtype), exact[name])
             else:
                 # what sums over all tokens and channels is as accurate as the length of its sum allows
-                terms = 64 if name.startswith(("y", "last", "grad x", "grad long", "grad carry")) else 512
+                terms = 64 if name.startswith(("y", "last", "weights", "grad x", "grad long", "grad carry")) else 512
                 scale = torch.stack([exact[name].abs().max(), torch.ones((), dtype=torch.float64)])
                 assert_same(found[name], exact[name], terms, scale)
         except AssertionError as problem:
@@ -114,8 +118,7 @@ def compare(streams, logits, beta, slots, mode: str = "soft") -> None:
 def test_kernels_are_the_specification(documents: str, levels: str, scope: str, carried: bool) -> None:
     where = layout(documents, 3, 300)
     streams, logits, beta = inputs(3, 300, 24, levels, torch.float32, 2, scope, carried)
-    slots = op.pack(where.starts, where.padding, None, levels=logits.shape[-1], carried=carried and "l2" in levels)
-    compare(streams, logits, beta, slots)
+    compare(streams, logits, beta, where)
 
 
 @pytest.mark.parametrize("channels", [8, 64, 80, 128, 256, 264])
@@ -124,15 +127,14 @@ def test_kernels_are_the_specification(documents: str, levels: str, scope: str, 
 def test_types_and_head_sizes(dtype: torch.dtype, channels: int) -> None:
     for levels, streams in (("l2", 2), ("l2 l3", 1)):
         given = inputs(1, 520, channels, levels, dtype, streams, "token", True)
-        slots = op.pack(layout("packed", 1, 520).starts, None, None, levels=given[1].shape[-1], carried=True)
-        compare(*given, slots)
+        compare(*given, layout("packed", 1, 520))
 
 
 @pytest.mark.parametrize("sequence", [1, 2, 7, 8, 9, 63, 64, 65, 255, 256, 257])
 @pytest.mark.usefixtures("on_host")
 def test_lengths(sequence: int) -> None:
     given = inputs(2, sequence, 16, "l2", torch.float32, 1, "group", True)
-    compare(*given, op.pack(layout("whole", 2, sequence).starts, None, None, levels=2, carried=True))
+    compare(*given, layout("whole", 2, sequence))
 
 
 @pytest.mark.parametrize("tiles", [LINK - 1, LINK, LINK + 1, 2 * LINK, 2 * LINK + 3])
@@ -142,9 +144,9 @@ def test_the_look_back_over_its_groups(tiles: int) -> None:
     sequence = 64 * tiles - 5
     streams, logits, beta = inputs(1, sequence, 128, "l2", torch.float32, 1, "token", True)
     slow = [replace(s, decay=(1 - 1e-4 * torch.rand(GROUPS, 128)).requires_grad_()) for s in streams]
-    slots = op.pack(layout("whole", 1, sequence).starts, None, None, levels=2, carried=True)
-    found = results(slow, logits, beta, slots, "soft", "cuda")
-    exact = results(slow, logits, beta, slots, "soft", "reference", wide=True)
+    rows = layout("whole", 1, sequence)
+    found = results(slow, logits, beta, rows, None, "soft", "cuda")
+    exact = results(slow, logits, beta, rows, None, "soft", "reference", wide=True)
     for name in exact:
         scale = torch.stack([exact[name].abs().max(), torch.ones((), dtype=torch.float64)])
         assert_same(found[name], exact[name], sequence, scale)
@@ -157,8 +159,7 @@ def test_modes_with_levels_that_hold_nothing(mode: str) -> None:
     logits = torch.randint(0, 3, logits.shape).float().requires_grad_()  # with ties
     available = torch.rand(2, 150, 3) < 0.6
     available[..., 0] = True
-    slots = op.pack(layout("packed", 2, 150).starts, None, available, levels=3, carried=False)
-    compare(streams, logits, beta, slots, mode)
+    compare(streams, logits, beta, layout("packed", 2, 150), available, mode)
 
 
 @pytest.mark.usefixtures("on_host")
@@ -166,12 +167,12 @@ def test_nothing_of_another_document_arrives() -> None:
     streams, logits, beta = inputs(1, 300, 16, "l2", torch.float32, 1, "token", False)
     starts = torch.zeros(1, 300, dtype=torch.bool)
     starts[0, [0, 130, 259]] = True
-    slots = op.pack(starts, None, None, levels=2, carried=False)
+    rows = Documents.from_starts(starts)
     inside = slice(130, 259)
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
         each = replace(streams[0], x=x.detach().requires_grad_())
-        y = op.route_fuse([each], logits, beta, slots, backend="cuda")[0][0]
+        y = op.route_fuse([each], logits, beta, rows, backend="cuda")[0][0][0]
         return y[:, inside], torch.autograd.grad(y[:, inside].sum(), each.x)[0][:, inside]
 
     x = streams[0].x.detach()
@@ -184,11 +185,48 @@ def test_nothing_of_another_document_arrives() -> None:
 @pytest.mark.usefixtures("on_host")
 def test_beta_zero_gives_the_tokens() -> None:
     streams, logits, _ = inputs(1, 300, 64, "l2 l3", torch.bfloat16, 2, "token", False)
-    slots = op.pack(layout("packed", 1, 300).starts, None, None, levels=3, carried=False)
-    for (y, _), each in zip(
-        op.route_fuse(streams, logits, torch.zeros(1), slots, backend="cuda"), streams, strict=True
-    ):
+    fused, _ = op.route_fuse(streams, logits, torch.zeros(1), layout("packed", 1, 300), backend="cuda")
+    for (y, _), each in zip(fused, streams, strict=True):
         assert_bitwise(y, each.x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
+@pytest.mark.usefixtures("on_host")
+def test_keys_and_values_within_a_projection(dtype: torch.dtype) -> None:
+    """Megatron's lie between the queries of their groups, sequence first, and their gradients may lie anywhere: what
+    comes out is what contiguous ones give, and nothing is copied to get it."""
+    batch, sequence, channels, fan = 2, 300, 64, 7
+    streams, logits, beta = inputs(batch, sequence, channels, "l2", dtype, 2, "token", True)
+    rows = layout("packed", batch, sequence)
+    projected = torch.randn(sequence, batch, GROUPS, (fan + 2) * channels).to(dtype).requires_grad_()
+    upstream = torch.randn(2, sequence, batch, channels, GROUPS).to(dtype)
+
+    def run(copied: bool) -> list[Tensor]:
+        _, k, v = projected.split((fan * channels, channels, channels), dim=3)
+        given = [replace(s, x=x.transpose(0, 1)) for s, x in zip(streams, (k, v), strict=True)]
+        # [S, B, d, G] -> [B, S, G, d]
+        grads = [grad.permute(1, 0, 3, 2) for grad in upstream]
+        if copied:
+            given = [replace(s, x=s.x.contiguous()) for s in given]
+            grads = [grad.contiguous() for grad in grads]
+        else:
+            assert all(package_library.rows(s.x) is s.x and not s.x.is_contiguous() for s in given)
+        out, _ = op.route_fuse(given, logits, beta, rows, backend="cuda")
+        leaves = [projected, logits, *(s.decay for s in streams), *(s.carry for s in streams)]
+        return [*(y for y, _ in out), *torch.autograd.grad([y for y, _ in out], leaves, grads)]
+
+    for found, exact in zip(run(False), run(True), strict=True):
+        assert_bitwise(found, exact)
+
+
+def test_what_kernels_can_read_in_place() -> None:
+    x = torch.zeros(3, 4, 2, 3 * 8, dtype=torch.bfloat16)
+    for view in (x[..., :8], x[..., 8:16].transpose(0, 1), x[1:2], x[:, ::2], torch.zeros(1, 8).expand(4, 8)):
+        assert package_library.rows(view) is view
+    for view in (x[..., 4:12], x[..., ::2], x.transpose(2, 3), torch.zeros(2, 3, 12, dtype=torch.bfloat16)):
+        copy = package_library.rows(view)
+        assert copy is not view or view.is_contiguous()
+    assert package_library.strides(x[1:2, :, :, :8]) == (0, 48, 24)
 
 
 @settings(deadline=None, max_examples=300)
@@ -239,8 +277,7 @@ def test_route_and_its_gradient(
         (ctypes.c_float * 3)(*logits), mask, cuda.MODES[mode], (ctypes.c_float * 3)(*upstream), found
     )
     wide = torch.tensor(logits, dtype=torch.float64).view(1, 1, 3).requires_grad_()
-    slots = torch.tensor([[mask << op.slots.LEVEL_SHIFT]], dtype=torch.uint8)
-    weights = reference.route(wide, slots, mode)
+    weights = route(wide, torch.tensor([bool(mask >> level & 1) for level in range(3)]), mode)
     (grad,) = torch.autograd.grad(
         (weights * torch.tensor(upstream)).sum(), [wide], allow_unused=True, materialize_grads=True
     ) if weights.requires_grad else (torch.zeros_like(wide),)
@@ -250,18 +287,18 @@ def test_route_and_its_gradient(
 
 
 def test_refusals(library: ctypes.CDLL) -> None:
-    def code(**changes: int) -> int:
+    def code(**changes: int | tuple[int, ...]) -> int:
         args = cuda.Args()
         sizes = {"batch": 1, "sequence": 4, "groups": 1, "channels": 8, "streams": 1, "routes": 1, "levels": 2,
                  "mode": 0, "dtype": 1}  # fmt: skip
         for name, value in {**sizes, **changes}.items():
-            setattr(args, name, value)
+            setattr(args, name, value if isinstance(value, int) else (ctypes.c_int64 * 6)(*value))
         args.decay[0] = 16
         return library.mka_route_fuse_forward(ctypes.byref(args), None)
 
     for change in (
         {"batch": 0}, {"sequence": 0}, {"channels": 12}, {"streams": 3}, {"levels": 3}, {"mode": 4}, {"dtype": 3},
-        {"groups": 4, "routes": 2}, {"sequence": 2**40},
+        {"groups": 4, "routes": 2}, {"sequence": 2**40}, {"x_strides": (0, 4, 0, 0, 0, 0)},
     ):  # fmt: skip
         assert code(**change) == -1, change
 
@@ -271,7 +308,7 @@ def test_refusals(library: ctypes.CDLL) -> None:
 def test_the_operator_is_registered_as_torch_asks(levels: str) -> None:
     """Schema, fake implementation and autograd, also for symbolic shapes, as torch.compile uses them."""
     streams, logits, beta = inputs(2, 70, 16, levels, torch.float32, 2, "group", "l2" in levels)
-    slots = op.pack(layout("packed", 2, 70).starts, None, None, levels=logits.shape[-1], carried="l2" in levels)
+    slots = pack(layout("packed", 2, 70), None, logits.shape[-1], "l2" in levels)
 
     def parts(name: str) -> list[Tensor]:
         return [each for s in streams if (each := getattr(s, name)) is not None]

@@ -1,19 +1,18 @@
-"""The fusion's specification against the composition that attention/fastmka.py is made of, in fp64."""
+"""The fusion's specification against the paper's formulas token by token, in fp64."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mka_megatron.attention.fastmka import fuse
-from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.summary import ema
 from mka_megatron.ops import route_fuse as op
 from mka_megatron.ops.route_fuse import Stream
+from tests.helpers import oracle
 from tests.helpers.layouts import NAMES, layout
 from tests.helpers.numerics import assert_as_accurate, assert_bitwise, assert_same, assert_same_gradients
 
@@ -35,29 +34,53 @@ def stream(levels: str = "l2 l3", carried: bool = False, decay: str = "channel")
     )
 
 
-def composed(
+def written(
     streams: list[Stream], logits: Tensor, beta: Tensor, where: Documents, available: Tensor | None, mode: str
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """What attention/fastmka.py does between the projection and the norms."""
-    if available is not None and logits.dim() == 4:
-        available = available[:, :, None]
-    weights = routing.route(logits, available, mode)
+    """y = x + beta * (sum_l lambda_l level_l - x), as the paper has it."""
+    if available is None:
+        available = torch.ones(logits.shape[:2] + logits.shape[-1:], dtype=torch.bool)
+    if logits.dim() == 3:
+        logits = logits[:, :, None]
+    weights = chosen(logits, available[:, :, None].expand_as(logits), mode)
     results = []
     for each in streams:
-        levels, last = [], None
+        levels, last = [each.x], None
         if each.decay is not None:
-            averages, last = ema(each.x, each.decay, where, each.carry)
-            levels.append(averages)
-        if each.long_term is not None:
-            levels.append(each.long_term)
-        results.append((fuse(each.x, weights, beta, *levels), last))
+            starts = where.starts.clone()
+            if each.carry is None and where.padding is not None:
+                starts |= (~where.padding).cumsum(dim=1) == 1  # of a part that begins on padding
+            levels.append(oracle.ema(each.x, each.decay, starts, where.padding, each.carry))
+            last = levels[-1][:, -1]
+        levels += [level for level in (each.summary, each.long_term) if level is not None]
+        mixed = sum(weights[..., number, None] * level for number, level in enumerate(levels))
+        results.append((each.x + beta * (mixed - each.x), last))
     return results
 
 
+def chosen(logits: Tensor, available: Tensor, mode: str) -> Tensor:
+    """The route of [B, S, G or 1, L] logits; a hard one has the gradient of the soft one."""
+    if mode == "fixed":
+        return available / available.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    raised = logits.exp() * available
+    soft = raised / raised.sum(dim=-1, keepdim=True)
+    if mode == "soft":
+        return soft
+    kept = torch.zeros_like(available)
+    for place in np.ndindex(*logits.shape[:-1]):
+        order = sorted((-logits[place][level].item(), level) for level in range(3) if available[place][level])
+        kept[place][[level for _, level in order[: int(mode[-1])]]] = True
+    hard = (raised * kept / (raised * kept).sum(dim=-1, keepdim=True)).detach()
+    return hard + (soft - soft.detach())
+
+
 def fused(streams: list[Stream], logits: Tensor, beta: Tensor, where: Documents, available: Tensor | None, mode: str):
-    carried = streams[0].carry is not None
-    slots = op.pack(where.starts, where.padding, available, levels=logits.shape[-1], carried=carried)
-    return op.route_fuse(streams, logits, beta, slots, mode=mode)
+    results, weights = op.route_fuse(streams, logits, beta, where, available, mode=mode)
+    wide = logits if logits.dim() == 4 else logits[:, :, None]
+    everywhere = torch.ones(B, len(where.starts[0]), wide.shape[-1], dtype=torch.bool) if available is None else available
+    exact = chosen(wide, everywhere[:, :, None].expand_as(wide), mode)
+    assert_same(weights, exact.detach().view_as(weights), terms=8)
+    return results
 
 
 def everything(results: list[tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -82,7 +105,7 @@ def some_levels(levels: int) -> Tensor:
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("documents", NAMES)
 @pytest.mark.parametrize("fuses", [1, 2])
-def test_is_the_composition(fuses: int, documents: str, levels: str, scope: str, carried: bool) -> None:
+def test_is_what_the_paper_writes(fuses: int, documents: str, levels: str, scope: str, carried: bool) -> None:
     torch.manual_seed(0)
     where = layout(documents, B, S)
     streams = [stream(levels, carried) for _ in range(fuses)]
@@ -90,7 +113,7 @@ def test_is_the_composition(fuses: int, documents: str, levels: str, scope: str,
     logits, beta = leaf(B, S, *((G,) if scope == "group" else ()), count), leaf(1)
     for available in (None, some_levels(count)):
         found = everything(fused(streams, logits, beta, where, available, "soft"))
-        exact = everything(composed(streams, logits, beta, where, available, "soft"))
+        exact = everything(written(streams, logits, beta, where, available, "soft"))
         assert_same(found, exact, terms=S)
         assert_same_gradients(found, exact, leaves(streams, logits, beta), terms=B * S * G * D)
 
@@ -107,7 +130,7 @@ def test_modes_and_decays(decay: str, mode: str) -> None:
     logits.requires_grad_(), beta.requires_grad_()
     available = some_levels(3)
     found = everything(fused(streams, logits, beta, where, available, mode))
-    exact = everything(composed(streams, logits, beta, where, available, mode))
+    exact = everything(written(streams, logits, beta, where, available, mode))
     assert_same(found, exact, terms=S)
     assert_same_gradients(found, exact, leaves(streams, logits, beta), terms=B * S * G * D)
 
@@ -120,7 +143,7 @@ def test_a_part_that_begins_within_documents(begin: int) -> None:
     for carried in (False, True):
         streams, logits, beta = [stream(carried=carried)], leaf(B, S, 3), leaf()
         found = everything(fused(streams, logits, beta, where, None, "soft"))
-        exact = everything(composed(streams, logits, beta, where, None, "soft"))
+        exact = everything(written(streams, logits, beta, where, None, "soft"))
         assert_same(found, exact, terms=S)
         assert_same_gradients(found, exact, leaves(streams, logits, beta), terms=B * S * G * D)
 
@@ -132,17 +155,16 @@ def test_lengths(sequence: int) -> None:
     streams = [Stream(leaf(B, sequence, G, D), torch.rand(G, D, dtype=torch.float64), leaf(B, G, D))]
     logits, beta = leaf(B, sequence, 2), leaf(1)
     found = everything(fused(streams, logits, beta, where, None, "soft"))
-    exact = everything(composed(streams, logits, beta, where, None, "soft"))
+    exact = everything(written(streams, logits, beta, where, None, "soft"))
     assert_same(found, exact, terms=sequence)
 
 
 def test_gradcheck() -> None:
     torch.manual_seed(4)
     where = layout("gaps", 2, 5)
-    slots = op.pack(where.starts, where.padding, None, levels=3, carried=True)
 
     def run(x: Tensor, decay: Tensor, carry: Tensor, l3: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
-        return everything(op.route_fuse([Stream(x, decay, carry, l3)], logits, beta, slots))
+        return everything(op.route_fuse([Stream(x, decay, carry, l3)], logits, beta, where)[0])
 
     decay = torch.rand(G, D, dtype=torch.float64).requires_grad_()
     inputs = (leaf(2, 5, G, D), decay, leaf(2, G, D), leaf(2, 5, G, D), leaf(2, 5, G, 3), leaf(1))
@@ -152,10 +174,9 @@ def test_gradcheck() -> None:
 def test_beta_zero_gives_the_tokens() -> None:
     torch.manual_seed(5)
     streams = [stream(), stream()]
-    slots = op.pack(layout("packed", B, S).starts, None, None, levels=3, carried=False)
-    for (found, _), each in zip(
-        op.route_fuse(streams, leaf(B, S, 3), torch.zeros(1, dtype=torch.float64), slots), streams, strict=True
-    ):
+    zero = torch.zeros(1, dtype=torch.float64)
+    results, _ = op.route_fuse(streams, leaf(B, S, 3), zero, layout("packed", B, S))
+    for (found, _), each in zip(results, streams, strict=True):
         assert_bitwise(found, each.x)
 
 
@@ -163,7 +184,6 @@ def test_another_documents_nan_and_paddings_change_no_bit() -> None:
     torch.manual_seed(6)
     where = layout("padded", B, S)
     assert where.padding is not None
-    slots = op.pack(where.starts, where.padding, None, levels=2, carried=False)
     each, logits, beta = stream("l2"), leaf(B, S, 2), leaf(1)
     # the first document of row 0, and all padding
     poisoned = where.padding.clone()
@@ -171,7 +191,7 @@ def test_another_documents_nan_and_paddings_change_no_bit() -> None:
     dirty = each.x.detach().masked_fill(poisoned[..., None, None], float("nan")).requires_grad_()
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        y = op.route_fuse([replace(each, x=x)], logits, beta, slots)[0][0][~poisoned]
+        y = op.route_fuse([replace(each, x=x)], logits, beta, where)[0][0][0][~poisoned]
         return y, torch.autograd.grad(y.sum(), x)[0][~poisoned]
 
     for found, exact in zip(run(dirty), run(each.x), strict=True):
@@ -182,22 +202,20 @@ def test_another_documents_nan_and_paddings_change_no_bit() -> None:
 def test_low_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(7)
     where = layout("packed", B, S)
-    slots = op.pack(where.starts, None, None, levels=3, carried=False)
     x, long_term = (torch.randn(B, S, G, D).to(dtype) for _ in range(2))
     decay, logits, beta = torch.rand(G, D), torch.randn(B, S, 3), torch.tensor([0.6])
 
     def run(*given: Tensor) -> Tensor:
         x, decay, long_term, logits, beta = given
-        return op.route_fuse([Stream(x, decay, None, long_term)], logits, beta, slots)[0][0]
+        return op.route_fuse([Stream(x, decay, None, long_term)], logits, beta, where)[0][0][0]
 
     given = (x, decay, long_term, logits, beta)
     exact = run(*(each.double() for each in given))
     assert_as_accurate(run(*given), exact.to(dtype), exact)
 
 
-def good() -> tuple[list[Stream], Tensor, Tensor, Tensor]:
-    slots = op.pack(torch.ones(B, S, dtype=torch.bool), None, None, levels=3, carried=False)
-    return [stream(), stream()], leaf(B, S, 3), leaf(1), slots
+def good() -> tuple[list[Stream], Tensor, Tensor, Documents, Tensor]:
+    return [stream(), stream()], leaf(B, S, 3), leaf(1), layout("single", B, S), some_levels(3)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +228,11 @@ def good() -> tuple[list[Stream], Tensor, Tensor, Tensor]:
         (lambda a: ([replace(a[0][0], carry=torch.ones(B, D))], *a[1:]), "carry has shape"),
         (lambda a: ([replace(a[0][0], long_term=a[0][0].x.float())], *a[1:]), "long_term is torch.float32"),
         (lambda a: (a[0], leaf(B, S, 2), *a[2:]), "logits has shape"),
-        (lambda a: (*a[:2], leaf(2), a[3]), "beta has shape"),
-        (lambda a: (*a[:3], a[3].long()), "slots is torch.int64"),
+        (lambda a: (*a[:2], leaf(2), *a[3:]), "beta has shape"),
+        (lambda a: (*a[:3], layout("single", B, S + 1)), r"rows are of \[3, 38\] slots, x of \[3, 37\]"),
+        (lambda a: (*a[:4], a[4].long()), "available is torch.int64"),
+        (lambda a: (*a[:4], a[4][..., :2]), "available is torch.bool of shape"),
+        (lambda a: ([replace(a[0][0], summary=a[0][0].x)], *a[1:]), "decay and summary are both given"),
     ],
 )
 def test_refusals(change, message: str) -> None:

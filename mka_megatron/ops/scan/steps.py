@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mka_megatron.memory.documents import Documents
+from mka_megatron.ops.scan.rows import Rows
 
 
 def allocate(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def allocate(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def scan_(
     buffer: Tensor,
     rate: Tensor | None,
-    documents: Documents,
+    documents: Rows,
     carry: Tensor | None = None,
     *,
     reverse: bool = False,
@@ -105,15 +105,15 @@ class _Plan:
     """[K, T, 1] bool: slots that the state entering a broken chunk still reaches."""
 
 
-def _forward_plan(documents: Documents) -> _Plan:
+def _forward_plan(documents: Rows) -> _Plan:
     return _plan(documents, reverse=False)
 
 
-def _backward_plan(documents: Documents) -> _Plan:
+def _backward_plan(documents: Rows) -> _Plan:
     return _plan(documents, reverse=True)
 
 
-def _plan(documents: Documents, reverse: bool) -> _Plan:
+def _plan(documents: Rows, reverse: bool) -> _Plan:
     chunk = _chunk(documents.starts.shape[1])
     blocks = -(-documents.starts.shape[1] // chunk)
     device = documents.starts.device
