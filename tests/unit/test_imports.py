@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"memory", "config", "data"},
     "hf": {"attention", "ops", "memory", "config"},
     "model": {"attention", "parallel", "files", "ops", "memory", "config"},
+    "inference": {"model", "attention", "parallel", "ops", "memory", "config"},
     "conversion": {"training", "model", "files", "attention", "ops", "memory", "config"},
     "training": {"attention", "parallel", "ops", "memory", "config", "model", "data"},
 }
