@@ -70,7 +70,7 @@ def import_model(directory: Path, output: Path, paths: Sequence[str | Path] = ()
         digests: dict[str, Digest] = {}
         for name, header in source.weights.items():
             target = renamed.get(name, name)
-            digests[target], _ = mover.weights(header, temporary / target)
+            digests[target] = mover.weights(header, temporary / target)
             manifest.check(header.path, digests[target], source.digest(name))
         if shapes:
             tensors = _tensors(config, seed, shapes)

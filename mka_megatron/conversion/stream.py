@@ -1,16 +1,17 @@
-"""Weights from file to file through a few buffers: hashed, looked at and written in one pass.
+"""Weights from file to file in one pass: the kernel copies a block while another thread hashes it and looks at its values.
 
-One thread reads ahead, one hashes and looks for values that are not finite, and the caller's writes.
+The block is read from the disk once: both find it in the page cache.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,9 +24,11 @@ from mka_megatron.config.errors import ConfigError, show
 from mka_megatron.files.header import Header, encode_header
 from mka_megatron.files.manifest import Digest
 
-CHUNK = 2 << 20
-"""Bytes moved at a time."""
-_BUFFERS = 8
+CHUNK = 1 << 20
+"""Bytes looked at at a time."""
+BLOCK = 32 << 20
+"""Bytes that are copied while as many are looked at."""
+_NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 Report = Callable[[int], object]
 """Is told of bytes that were moved."""
 Progress = Callable[[int], AbstractContextManager[Report]]
@@ -43,33 +46,30 @@ def quiet(total: int) -> AbstractContextManager[Report]:
 
 
 class Mover:
-    """Copies files in chunks; a context manager that owns the buffers and the threads."""
+    """Copies files; a context manager that owns a buffer and the thread that looks at what is copied."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._buffers = [bytearray(CHUNK) for _ in range(_BUFFERS)]
-        self._scratch = bytearray(CHUNK)
-        self._reader, self._looker = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._buffer, self._scratch = memoryview(bytearray(CHUNK)), bytearray(CHUNK)
+        self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Mover:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for pool in (self._reader, self._looker):
-            pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
     def copy(self, source: Path, target: Path) -> Digest:
         """Copy a file as it is; raises ConfigError where it cannot be read, OSError where it cannot be written."""
-        size = source.stat().st_size
-        return self._move(source, target, b"", [(0, size, None, True)])[0]
+        return self._move(source, target, b"", [_Piece(0, source.stat().st_size, True)])
 
-    def weights(self, header: Header, target: Path, keep: Callable[[str], bool] = lambda name: True) -> tuple[Digest, Digest]:
+    def weights(self, header: Header, target: Path, keep: Callable[[str], bool] = lambda name: True) -> Digest:
         """Copy the tensors of a checked file that `keep` names, all values finite, into `target`.
 
         Where all are kept the file is copied byte by byte.
 
         Returns:
-            The digests of the source, all of which is read, and of the target.
+            The digest of the source, all of which is read.
 
         Raises:
             ConfigError: a value is not finite, or the file is shorter than it was.
@@ -78,55 +78,47 @@ class Mover:
         kept = {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items() if keep(name)}
         whole = len(kept) == len(header.tensors)
         lead = b"" if whole else encode_header(kept, header.metadata)[0]
-        pieces: list[_Piece] = [(0, header.data, None, whole)]
-        pieces += [(tensor.begin, tensor.end, (name, tensor.dtype), name in kept) for name, tensor in header.tensors.items()]
+        pieces = [_Piece(0, header.data, whole)]
+        pieces += [_Piece(tensor.begin, tensor.end, name in kept, name, tensor.dtype) for name, tensor in header.tensors.items()]
         return self._move(header.path, target, lead, pieces)
 
-    def _move(self, source: Path, target: Path, lead: bytes, pieces: Iterable[_Piece]) -> tuple[Digest, Digest]:
+    def _move(self, source: Path, target: Path, lead: bytes, pieces: Iterable[_Piece]) -> Digest:
         """Read the consecutive `pieces`; write `lead` and those that are kept."""
-        read = hashlib.sha256()
-        written = hashlib.sha256(lead) if lead else None
-        sizes = [0, len(lead)]
-
-        def look(chunk: memoryview, tensor: tuple[str, str] | None, kept: bool) -> None:
-            read.update(chunk)
-            if written is not None and kept:
-                written.update(chunk)
-            if tensor is not None and not _finite(chunk, tensor[1], self._scratch):
-                raise ConfigError(f"tensor {show(tensor[0])} in {source} has a value that is not finite; copy or train the "
-                                  "model again.")
-
+        digest, size = hashlib.sha256(), 0
         with _reading(source) as stream, open(target, "xb", buffering=0) as out:
             _write(out, lead)
-            chunks = _chunks(pieces)
-            free = deque(self._buffers)
-            filling: deque[tuple[Future[None], bytearray, memoryview, _Piece]] = deque()
-            looking: deque[tuple[Future[None], bytearray]] = deque()
-            while True:
-                while free and (piece := next(chunks, None)) is not None:
-                    chunk = memoryview(buffer := free.popleft())[: piece[1]]
-                    filling.append((self._reader.submit(_fill, stream, chunk, source, piece[0]), buffer, chunk, piece))
-                if not filling:
-                    break
-                filled, buffer, chunk, (_, length, tensor, kept) = filling.popleft()
-                filled.result()
-                looking.append((self._looker.submit(look, chunk, tensor, kept), buffer))
-                sizes[0] += length
-                if kept:
-                    _write(out, chunk)
-                    sizes[1] += length
-                self._report(length)
-                while looking and (not filling or looking[0][0].done()):
-                    looked, buffer = looking.popleft()
-                    looked.result()
-                    free.append(buffer)
+            for block in _blocks(pieces):
+                looked = self._pool.submit(self._look, digest, stream.fileno(), source, block)
+                for piece in block:
+                    if piece.kept:
+                        _copy(stream.fileno(), out.fileno(), piece.begin, piece.end, source)
+                looked.result()
+                size += block[-1].end - block[0].begin
+                self._report(block[-1].end - block[0].begin)
             os.fsync(out.fileno())
-        found = Digest(sizes[0], read.hexdigest())
-        return found, found if written is None else Digest(sizes[1], written.hexdigest())
+        return Digest(size, digest.hexdigest())
+
+    def _look(self, digest: Any, descriptor: int, source: Path, block: Sequence[_Piece]) -> None:
+        for piece in block:
+            for begin in range(piece.begin, piece.end, CHUNK):
+                chunk = self._buffer[: min(CHUNK, piece.end - begin)]
+                _read(descriptor, chunk, begin, source)
+                digest.update(chunk)
+                if not _finite(chunk, piece.dtype, self._scratch):
+                    raise ConfigError(f"tensor {show(piece.tensor)} in {source} has a value that is not finite; copy or train "
+                                      "the model again.")
 
 
-_Piece = tuple[int, int, tuple[str, str] | None, bool]
-"""First byte, one past the last, (name, dtype) of the tensor that it is, whether it is written."""
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive bytes of a file: of one tensor, or of none."""
+
+    begin: int
+    end: int
+    kept: bool
+    """They are written."""
+    tensor: str = ""
+    dtype: str = ""
 
 
 def write_tensors(target: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -172,11 +164,17 @@ def write_tensors(target: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]
     return Digest(size, digest.hexdigest())
 
 
-def _chunks(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
-    """Pieces of at most CHUNK bytes, a whole number of elements each: (first byte, length, tensor, kept)."""
-    for begin, end, tensor, kept in pieces:
-        for at in range(begin, end, CHUNK):
-            yield at, min(CHUNK, end - at), tensor, kept
+def _blocks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Consecutive pieces, about BLOCK bytes together; larger ones are cut at multiples of CHUNK, so between elements."""
+    block: list[_Piece] = []
+    for piece in pieces:
+        for begin in range(piece.begin, piece.end, BLOCK):
+            block.append(replace(piece, begin=begin, end=min(begin + BLOCK, piece.end)))
+            if block[-1].end - block[0].begin >= BLOCK:
+                yield block
+                block = []
+    if block:
+        yield block
 
 
 def _finite(chunk: memoryview, dtype: str, scratch: bytearray) -> bool:
@@ -195,16 +193,32 @@ def _reading(path: Path) -> BinaryIO:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; copy the model again.") from None
 
 
-def _fill(stream: Any, chunk: memoryview, path: Path, begin: int) -> None:
+def _read(descriptor: int, chunk: memoryview, begin: int, path: Path) -> None:
     done = 0
     while done < len(chunk):
         try:
-            count = stream.readinto(chunk[done:])
+            count = os.preadv(descriptor, [chunk[done:]], begin + done)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read at byte {begin + done}: {error.strerror}; copy the model again.") from None
         if not count:
             raise ConfigError(f"{path} ends at byte {begin + done}, before its last tensor does; copy the model again.")
         done += count
+
+
+def _copy(source: int, target: int, begin: int, end: int, path: Path) -> None:
+    """Append the bytes [begin, end) of `source` to `target`, within the kernel where it can."""
+    while begin < end:
+        try:
+            count = os.copy_file_range(source, target, end - begin, begin)
+        except OSError as error:
+            if error.errno not in _NOT_BY_KERNEL:
+                raise
+            buffer = memoryview(bytearray(min(CHUNK, end - begin)))
+            _read(source, buffer, begin, path)
+            count = os.write(target, buffer)
+        if not count:
+            raise ConfigError(f"{path} ends at byte {begin}, before its last tensor does; copy the model again.")
+        begin += count
 
 
 def _write(out: Any, data: bytes | memoryview) -> None:

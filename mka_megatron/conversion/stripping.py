@@ -50,7 +50,7 @@ def strip_model(directory: Path, output: Path, *, progress: Progress = quiet) ->
     weights = sum(header.size for header in kept.values())
     with published(output, weights) as temporary, progress(weights) as report, Mover(report) as mover:
         for name, header in kept.items():
-            found, _ = mover.weights(header, temporary / renamed.get(name, name), lambda tensor: not families.is_added(tensor))
+            found = mover.weights(header, temporary / renamed.get(name, name), lambda tensor: not families.is_added(tensor))
             manifest.check(header.path, found, source.digest(name))
         copy_others(source, temporary, mover, {})
         (temporary / CONFIG).write_bytes(_as_it_was(base, CONFIG, config))
