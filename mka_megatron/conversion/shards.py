@@ -1,0 +1,303 @@
+"""The parameters in a training checkpoint, wherever its ranks have them, read through memory maps a piece at a time.
+
+What DeepSpeed 0.19 writes, per tensor-parallel rank: whole parameters in the training's precision (ZeRO 0 to 2), fp32
+masters beside them (ZeRO 0 in half precision), masters flattened and cut at equal intervals (ZeRO 1, 2), or each master
+cut on its own (ZeRO 3; with states on NVMe in files of training/swapped.py). Parameters of an optimizer group follow each
+other there in the model's order.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mka_megatron.config.errors import ConfigError, show
+from mka_megatron.model.hf_table import Entry
+from mka_megatron.training.manifest import Checkpoint
+from mka_megatron.training.optimizer import parameter_groups
+
+Table = dict[str, Entry]
+_REOPEN_AFTER = 256 << 20  # bytes read through the maps, whose pages count as this process's memory
+_OPAQUE = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
+)  # fmt: skip
+"""The only classes that the pickles may name beside tensors and containers; nothing of them is needed or run."""
+
+
+class _Piece(NamedTuple):
+    """`length` elements from `start` of the tensor at `path` in `file`, flattened."""
+
+    file: str
+    path: tuple[str | int, ...]
+    start: int
+    length: int
+
+
+Pieces = dict[str, list[_Piece]]
+"""Parameter -> what it consists of on one tensor-parallel rank, in order."""
+
+
+class Shards:
+    """Every tensor-parallel rank's parameters.
+
+    Args:
+        checkpoint: verified.
+        table: of the checkpoint's own model and tensor-parallel size.
+        masters: fp32 masters rather than the weights of the training's precision, where both are there.
+
+    Raises:
+        ConfigError: a file is missing or is not what a training writes, or the parameters are not those of `table`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, table: Table, masters: bool) -> None:
+        layout = checkpoint.body["layout"]
+        self.ranks = int(layout["parallel.tensor_parallel"])
+        self._files = _Files(checkpoint)
+        reader = _Reader(self._files, table, layout)
+        self._pieces = [reader.pieces(rank, masters) for rank in range(self.ranks)]
+
+    def fragments(self, name: str, rank: int, start: int, length: int) -> Iterator[Tensor]:
+        """[start, start + length) of the flattened parameter `name` of a rank, as consecutive flat views."""
+        position = 0
+        for piece in self._pieces[rank][name]:
+            low, high = max(start, position), min(start + length, position + piece.length)
+            if low < high:
+                flat = self._files.tensor(piece.file, piece.path).flatten()
+                offset = piece.start + low - position
+                self._files.account((high - low) * flat.element_size())
+                yield flat[offset : offset + high - low]
+            position += piece.length
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces[0]
+
+
+class _Opaque:
+    """Stands for an object of DeepSpeed's."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+
+class _Files:
+    """The checkpoint's files, unpickled from an allow-list with their tensors memory-mapped."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._open: dict[str, dict[str, Any]] = {}
+        self._read = 0
+
+    def names(self, pattern: str) -> list[str]:
+        """Files of the manifest whose whole name matches."""
+        return sorted(name for name in self.checkpoint.body["files"] if re.fullmatch(pattern, name))
+
+    def state(self, name: str) -> dict[str, Any]:
+        """What was pickled into the file `name`; raises ConfigError."""
+        if name not in self._open:
+            self._open[name] = self._load(name)
+        return self._open[name]
+
+    def tensor(self, name: str, path: tuple[str | int, ...]) -> Tensor:
+        """The tensor under the keys `path`; raises ConfigError."""
+        value: Any = self.state(name)
+        try:
+            for key in path:
+                value = value[key]
+        except (KeyError, IndexError, TypeError):
+            value = None
+        if not isinstance(value, Tensor):
+            raise self.unknown(name, f"it has no tensor {'.'.join(map(str, path))}")
+        return value
+
+    def account(self, size: int) -> None:
+        """Bytes that are about to be read; the maps are let go now and then, and opened again when needed."""
+        self._read += size
+        if self._read > _REOPEN_AFTER:
+            self._open.clear()
+            self._read = 0
+
+    def unknown(self, name: str, reason: str) -> ConfigError:
+        """The file is whole, but another one than this module knows."""
+        return ConfigError(f"{self.checkpoint.path / name} is not what a training of this version writes: {reason}; export it "
+                           "with the version that wrote it.")
+
+    def _load(self, name: str) -> dict[str, Any]:
+        path = self.checkpoint.path / name
+        if name not in self.checkpoint.body["files"]:
+            raise ConfigError(f"checkpoint {self.checkpoint.path} has no file {name}: it is incomplete; export another one.")
+        try:
+            with torch.serialization.safe_globals([(_Opaque, each) for each in _OPAQUE]):
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"it names {show(named[1])}, which is not loaded" if named else "it cannot be unpickled"
+            raise ConfigError(f"{path} is refused: {what}; export a checkpoint that you trust.") from None
+        except Exception as error:  # torch's readers raise of everything on bytes that are not theirs
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{path} cannot be read ({show(reason)}); export another checkpoint.") from None
+        if not isinstance(found, dict):
+            raise self.unknown(name, "it holds no dictionary")
+        return found
+
+
+class _Reader:
+    """Finds the parameters of one rank in the files that the layout wrote."""
+
+    def __init__(self, files: _Files, table: Table, layout: dict[str, Any]) -> None:
+        self.files, self.table = files, table
+        self.ranks = int(layout["parallel.tensor_parallel"])
+        self.stage = int(layout["engine.zero_stage"])
+        self.precision = str(layout["training.precision"])
+        self.swapped = "nvme" in (layout["engine.offload_optimizer"], layout["engine.offload_param"])
+        self.partitions = int(layout["parallel.data_parallel"]) * int(layout["parallel.context_parallel"])
+        self.shapes = {name: entry.shard(self.ranks) for name, entry in table.items()}
+
+    def pieces(self, rank: int, masters: bool) -> Pieces:
+        """Where each parameter of `rank` is."""
+        if self.swapped:
+            return self._each_cut(self._groups(), [self._swapped(rank, i) for i in range(self.partitions)])
+        prefix = "zero_pp_rank_0_" if self.stage == 3 else ""
+        model = f"deepspeed/{prefix}mp_rank_{rank:02d}_model_states.pt"
+        module = self._module(model)
+        if self.stage == 3:
+            flats = [self._flats(rank, i, "fp32_flat_groups") for i in range(self.partitions)]
+            return self._each_cut(self._recorded(model), flats) | module
+        whole = {name for name in self.shapes if name not in module}
+        if masters and self.precision != "fp32" and self.stage:
+            flats = [self._flats(rank, i, "single_partition_of_fp32_groups") for i in range(self.partitions)]
+            return self._cut_at_intervals(model, rank, flats) | module
+        if masters and self.precision != "fp32":
+            return self._masters(model) | module
+        return {name: [self._all(model, ("module", name))] for name in whole} | module
+
+    def _module(self, model: str) -> Pieces:
+        """The buffers; raises ConfigError unless the model of the file has the table's parameters and no others."""
+        module = self.files.state(model).get("module")
+        if not isinstance(module, dict):
+            raise self.files.unknown(model, "it has no module")
+        names = {name for name, value in module.items() if isinstance(value, Tensor)}
+        unlisted = {name for name in names - set(self.shapes) if not name.endswith(".planes")}  # of exact selection
+        if unlisted:
+            raise self.files.unknown(model, f"the parameter {show(min(unlisted))} is unknown")
+        if missing := set(self.shapes) - names:
+            raise self.files.unknown(model, f"the parameter {min(missing)} is missing")
+        whole = self.stage < 3
+        for name, shape in self.shapes.items():
+            if (whole or name.endswith(".planes")) and tuple(module[name].shape) != shape:
+                raise self.files.unknown(model, f"{name} has the shape {show(list(module[name].shape))}, not {show(list(shape))}")
+        return {name: [self._all(model, ("module", name))] for name in self.shapes if name.endswith(".planes")}
+
+    def _all(self, file: str, path: tuple[str | int, ...]) -> _Piece:
+        return _Piece(file, path, 0, self.files.tensor(file, path).numel())
+
+    def _masters(self, model: str) -> Pieces:
+        """ZeRO 0 in half precision: a tensor per parameter, in the order of the optimizer's groups."""
+        found: Pieces = {}
+        for group, names in enumerate(self._groups()):
+            for index, name in enumerate(names):
+                piece = self._all(model, ("optimizer", "fp32_groups", group, index))
+                if piece.length != math.prod(self.shapes[name]):
+                    raise self.files.unknown(model, f"the master of {name} has {piece.length} elements")
+                found[name] = [piece]
+        return found
+
+    def _cut_at_intervals(self, model: str, rank: int, flats: list[list[_Piece]]) -> Pieces:
+        """ZeRO 1 and 2: the groups' parameters one after the other (padded, on request), cut without regard to them."""
+        paddings = self.files.state(self._optimizer(rank, 0))["optimizer_state_dict"].get("param_alignment_paddings")
+        found: Pieces = {}
+        for group, names in enumerate(self._recorded(model)):
+            partitions = [of_rank[group] for of_rank in flats]
+            position = 0
+            for index, name in enumerate(names):
+                length = math.prod(self.shapes[name])
+                found[name] = list(_cut(partitions, position, length))
+                if sum(piece.length for piece in found[name]) != length:
+                    raise self.files.unknown(model, f"the masters end before {name} does")
+                position += length + (paddings[group][index] if paddings else 0)
+        return found
+
+    def _each_cut(self, groups: list[list[str]], flats: list[list[_Piece]]) -> Pieces:
+        """ZeRO 3: every parameter in as many equal parts as there are ranks; sub-groups hold whole such parts."""
+        found: Pieces = {}
+        for index, subgroups in enumerate(flats):
+            rest = iter(subgroups)
+            here = _Piece("", (), 0, 0)
+            for name in (name for group in groups for name in group):
+                length = math.prod(self.shapes[name])
+                share = -(-length // self.partitions)
+                if not here.length:
+                    here = next(rest, here)
+                if here.length < share:
+                    raise self.files.unknown(here.file or subgroups[0].file, f"the masters end before {name} does")
+                kept = max(0, min(share, length - index * share))
+                found.setdefault(name, []).append(here._replace(length=kept))
+                here = here._replace(start=here.start + share, length=here.length - share)
+            if here.length or next(rest, None) is not None:
+                raise self.files.unknown(here.file, "it holds more masters than the model has parameters")
+        return found
+
+    def _optimizer(self, rank: int, partition: int) -> str:
+        prefix = "bf16_" if self.precision == "bf16" else ""
+        return f"deepspeed/{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
+
+    def _flats(self, rank: int, partition: int, key: str) -> list[_Piece]:
+        file = self._optimizer(rank, partition)
+        state = self.files.state(file).get("optimizer_state_dict")
+        flats = state.get(key) if isinstance(state, dict) else None
+        if not isinstance(flats, list):
+            raise self.files.unknown(file, f"it has no {key}")
+        return [self._all(file, ("optimizer_state_dict", key, index)) for index in range(len(flats))]
+
+    def _swapped(self, rank: int, partition: int) -> list[_Piece]:
+        """tensor-parallel ranks are next to each other, then context-parallel ones, then replicas."""
+        files = self.files.names(rf"deepspeed/swapped-{rank + self.ranks * partition:05d}-\d+\.pt")
+        if not files:
+            missing = f"deepspeed/swapped-{rank + self.ranks * partition:05d}-00000.pt"
+            raise ConfigError(f"checkpoint {self.files.checkpoint.path} has no file {missing}: it is incomplete; export another one.")
+        return [self._all(file, ("master",)) for file in files]
+
+    def _recorded(self, model: str) -> list[list[str]]:
+        """The optimizer's groups as the file has them."""
+        groups = self.files.state(model).get("param_shapes")
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise self.files.unknown(model, "it has no param_shapes")
+        recorded = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        expected = {name: shape for name, shape in self.shapes.items() if not name.endswith(".planes")}
+        for name in sorted(set(recorded) | set(expected)):
+            if recorded.get(name) != expected.get(name):
+                raise self.files.unknown(model, f"{name} has the shape {show(recorded.get(name))}, not {show(expected.get(name))}")
+        return [list(group) for group in groups]
+
+    def _groups(self) -> list[list[str]]:
+        """The optimizer's groups as the training makes them, where the files do not say."""
+        named = _Named({name: shape for name, shape in self.shapes.items() if not name.endswith(".planes")})
+        names = {id(parameter): name for name, parameter in named.named_parameters()}
+        return [[names[id(parameter)] for parameter in group["params"]] for group in parameter_groups(named, 0.0)]
+
+
+class _Named(nn.Module):
+    """Parameters of given names and shapes, without storage."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self._named = [(name, nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in shapes.items()]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self._named)
+
+
+def _cut(partitions: list[_Piece], start: int, length: int) -> Iterator[_Piece]:
+    """[start, start + length) of the partitions one after the other."""
+    position = 0
+    for piece in partitions:
+        low, high = max(start, position), min(start + length, position + piece.length)
+        if low < high:
+            yield piece._replace(start=piece.start + low - position, length=high - low)
+        position += piece.length
