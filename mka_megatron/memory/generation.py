@@ -19,13 +19,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, needs_chunks, recalls
 from mka_megatron.memory.remembered import GenerationView, Remembered
 from mka_megatron.memory.rows import Joining, Piece, Rows, padded
-from mka_megatron.memory.tiers.pages import PageKey
+from mka_megatron.memory.tiers.opening import open_store
+from mka_megatron.memory.tiers.pages import PageKey, PageShape, TierError
 from mka_megatron.memory.tiers.store import TierStore
 from mka_megatron.memory.view import Update
+
+
+def open_pages(
+    config: Config, dtype: torch.dtype, device: torch.device, *, run: str, rank: int = 0
+) -> TierStore | None:
+    """The page store that a :class:`Generation` needs; None where it needs none.
+
+    Args:
+        config: reads memory_hierarchy: l3's placement and budgets, which are this rank's, and the spill path.
+        dtype: of keys and values. device: where they are attended to.
+        run: the same on all ranks, another for every store: letters, digits, '.', '_' and '-'.
+        rank: of this process among those of the run.
+
+    Raises ConfigError where the tiers cannot be used as configured.
+    """
+    if not Generation.needs_store(config):
+        return None
+    memory, l3 = config.memory_hierarchy, config.memory_hierarchy.l3
+    words, kind = l3.hash_tables * l3.hash_bits // 64, torch.int64
+    if l3.selection == "exact":
+        words, kind = config.model.head_dim, torch.float64
+    shape = PageShape(memory.l1.chunk_size, config.model.head_dim, dtype, words, kind)
+    try:
+        return open_store(memory, shape, run, rank, device)
+    except TierError as error:
+        raise ConfigError(str(error)) from error
+
 
 Core = Callable[..., tuple[Tensor, Update | None]]
 """(piece, view, the layer's tensors at hand) -> output of the slots at hand [B, S, ...], and the memory's update."""

@@ -109,6 +109,8 @@ class Rows:
         """Tokens in complete chunks; without chunks all tokens."""
         self.open = [0] * batch
         """Tokens of each row's open chunk."""
+        self._kept = 0
+        """Slots that the layers keep of open chunks; some may have been closed since."""
         self._first = [0] * batch
         """Tokens of each row's first chunk, 0 while it is open."""
         self._chunks = [0] * batch
@@ -133,7 +135,7 @@ class Rows:
         """
         counts = [slots] * len(self) if valid is None else valid.sum(dim=1).tolist()
         order = None if valid is None or min(counts) == slots else (~valid).long().argsort(dim=1, stable=True)
-        kept = max(self.open)
+        kept = self._kept
         nothing = [0] * len(self)
         if self._size is None:
             pieces = [self._piece(counts, nothing, nothing, order, kept, False)] if any(counts) else []
@@ -150,7 +152,7 @@ class Rows:
             first = [size * many - mine if many else 0 for mine, many in zip(before, whole, strict=True)]
             again = [0 if many else mine for mine, many in zip(before, whole, strict=True)]
             pieces.append(self._piece(rest, again, first, order, kept, False))
-        self.open = rest
+        self.open, self._kept = rest, max(rest)
         return pieces
 
     def close(self, rows: Sequence[int] | None) -> Joining | None:

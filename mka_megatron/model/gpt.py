@@ -79,26 +79,32 @@ class GPT(GPTModel):
         return out.masked_fill(labels < 0, 0.0)
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor, generation: Generation, valid: Tensor | None = None) -> Tensor:
-        """Append tokens to rows that are being generated.
+    def extend(self, tokens: Tensor, generation: Generation, valid: Tensor | None = None, last: bool = False) -> Tensor:
+        """Append tokens to rows that are being generated; not under sequence parallelism.
 
         Args:
             tokens: [B,T] int64.
             generation: what is remembered of the B rows, changed.
             valid: [B,T] bool, the slots that hold tokens; None: all.
+            last: give the logits after each row's last token only (any, in a row without one).
 
         Returns:
-            logits [B,T,vocab_size] of the tokens after these, gathered over tensor-parallel ranks.
+            logits [B,T,vocab_size] ([B,1,vocab_size] for `last`), gathered over tensor-parallel ranks.
         """
         generation.begin(tokens.shape[1], valid)
-        out = super().forward(
-            input_ids=tokens,
-            position_ids=torch.zeros_like(tokens),
-            attention_mask=None,
+        hidden = self.embedding(input_ids=tokens, position_ids=torch.zeros_like(tokens))
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None,
             packed_seq_params=GenerationInputs(rope=self.rope, generation=generation),
-            runtime_gather_output=True,
         )
-        return out[..., : self.real_vocab_size]
+        if last:
+            slots = torch.arange(tokens.shape[1], device=tokens.device)
+            ends = slots[-1:].expand(len(tokens)) if valid is None else torch.where(valid, slots, 0).amax(dim=1)
+            # [T,B,h] -> [1,B,h]
+            hidden = hidden[ends, torch.arange(len(tokens), device=tokens.device)][None]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=True)
+        return logits.transpose(0, 1)[..., : self.real_vocab_size]
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B,S], logits [S,B,V/tp] -> nll [B,S]; padded vocabulary entries take no probability."""

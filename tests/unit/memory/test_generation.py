@@ -90,6 +90,17 @@ def test_rows_of_different_lengths_over_several_turns(case: Case, left: bool, pa
     check(rows)
 
 
+@pytest.mark.parametrize("closed", [None, [0, 2], [1]], ids=str)
+def test_a_row_that_ends_with_its_prompt(case: Case, closed: list[int] | None, pages: TierStore) -> None:
+    rows = Rows(Layer(case), 3, pages)
+    rows.give([22, 9, 1])
+    rows.close(closed)
+    for _ in range(C + 1):
+        rows.give([1, 0, 1])
+    rows.give([2, 3, 1])
+    check(rows)
+
+
 def test_rows_are_reordered_repeated_and_given_up(case: Case, pages: TierStore) -> None:
     rows = Rows(Layer(case), 2, pages)
     rows.give([18, 7])
