@@ -148,7 +148,7 @@ def test_a_full_disk_is_an_error_that_names_the_budget(block, topology, tmp_path
     placed = on_disk(config, tmp_path, ssd_pool_gib=8.5 * 4096 / 2**30)
     store = open_pages(placed, torch.float32, topology.device, run="test")
     memory = remember(model, placed, topology, 1, store)
-    with store, pytest.raises(TierError, match="memory_hierarchy.l3.ssd_pool_gib"):  # type: ignore[union-attr]
+    with store, pytest.raises(TierError, match=r"memory_hierarchy\.l3\.ssd_pool_gib"):  # type: ignore[union-attr]
         generate(model, memory, [PROMPTS[0] * 4], max_new_tokens=5, eos_id=None, positions=POSITIONS)
     assert not any(tmp_path.iterdir())
 
@@ -156,7 +156,7 @@ def test_a_full_disk_is_an_error_that_names_the_budget(block, topology, tmp_path
 def test_a_spill_directory_that_cannot_be_used_is_refused(block, topology, tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("no directory")
-    with pytest.raises(ConfigError, match="memory_hierarchy.ssd_spill_path"):
+    with pytest.raises(ConfigError, match=r"memory_hierarchy\.ssd_spill_path"):
         open_pages(on_disk(block[1], taken), torch.float32, topology.device, run="test")
 
 
