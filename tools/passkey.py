@@ -2,9 +2,9 @@
 
     python tools/passkey.py [--trials 200] [--json out.json] [configs/run/passkey.yaml key=value ...]
 
-Prompts grow from stage to stage up to the row's length. The model then answers fresh trials with the key at least
-four windows back: with L3; with the same weights and shorter codes, exact selection or L3 hidden; and so does a model
-trained alike without L3. A trial counts where every token of the answer and its end is the model's first
+Prompts grow from stage to stage up to the row's length. The model then answers trials of another seed, with the key at
+least four windows back: with L3; with the same weights and shorter codes, exact selection or L3 hidden; and so does a
+model trained alike without L3. A trial counts where every token of the answer and its end is the model's first
 choice given the ones before, which is when greedy decoding gives the key. A finished training is not repeated.
 """
 
@@ -48,7 +48,7 @@ from mka_megatron.training.start import resume
 
 SHORTEST = 96
 """Tokens of the first stage's prompts: little more than the fixed text."""
-LAST_STAGE = 0.4
+LAST_STAGE = 0.5
 """Share of the steps at the full length; the stages before it are equally long."""
 WINDOWS_BACK = 4
 RECALLED, CANDIDATES = 8, 64
@@ -60,7 +60,8 @@ CODES = ((64, 1), (128, 1), (256, 1), (512, 1), (64, 2), (64, 4), (128, 4))
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=200, help="fresh prompts that are answered")
+    parser.add_argument("--trials", type=int, default=200, help="prompts that are answered")
+    parser.add_argument("--trial-seed", type=int, default=0, help="seed of these prompts")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("config", nargs="*", default=["configs/run/passkey.yaml"], help="configuration and overrides")
     arguments = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> int:
     config = load_config(paths, overrides, world_size=1)
     topology = groups.initialize(config.parallel)
     try:
-        figures = measure(config, arguments.trials, topology)
+        figures = measure(config, arguments.trials, arguments.trial_seed, topology)
     finally:
         groups.destroy()
     print(table(figures))
@@ -79,14 +80,14 @@ def main() -> int:
     return 0
 
 
-def measure(config: Config, count: int, topology: Topology) -> dict:
+def measure(config: Config, count: int, seed: int, topology: Topology) -> dict:
     """All figures; trains what has not been trained yet in training.output_dir."""
     output = Path(config.training.output_dir)
     tokenizer = passkey_tokenizer(output / "tokenizer")
-    trials, sources = write_data(config, tokenizer, count, output / "data")
+    trials, sources = write_data(config, tokenizer, count, seed, output / "data")
     stages = [prepare(stage_data(config, source, tokenizer, output), progress=False) for source in sources]
     window, l3 = config.memory_hierarchy.l1.window or 1, config.memory_hierarchy.l3
-    figures: dict = {"trials": count, "accuracy": {}, "by_windows_back": {}, "training_core_seconds": {}}
+    figures: dict = {"trials": count, "trial_seed": seed, "accuracy": {}, "by_windows_back": {}, "training_core_seconds": {}}
 
     def book(name: str, model: GPT) -> None:
         right = answers(model, config, stages[-1], trials)
@@ -125,8 +126,10 @@ def passkey_tokenizer(directory: Path) -> Tokenizer:
     return load_tokenizer(str(directory))
 
 
-def write_data(config: Config, tokenizer: Tokenizer, count: int, directory: Path) -> tuple[list[Trial], list[Path]]:
-    """The `count` trials to answer, and a JSONL file of prompts and responses per stage; theirs is valid.jsonl."""
+def write_data(
+    config: Config, tokenizer: Tokenizer, count: int, seed: int, directory: Path
+) -> tuple[list[Trial], list[Path]]:
+    """The `count` trials of `seed` to answer, and a JSONL file of prompts and responses per stage; theirs is valid.jsonl."""
     directory.mkdir(parents=True, exist_ok=True)
 
     def tokens(text: str) -> int:
@@ -135,22 +138,22 @@ def write_data(config: Config, tokenizer: Tokenizer, count: int, directory: Path
     chunk, row = config.memory_hierarchy.l1.chunk_size, config.data.sequence_length
     longest = row - chunk
     task = Passkey(tokens, longest, WINDOWS_BACK * (config.memory_hierarchy.l1.window or chunk))
-    rng = Random(config.training.seed)  # noqa: S311
-    trials = [task.trial(rng) for _ in range(count)]
+    asked = Random(f"trials {seed}")  # noqa: S311
+    trials = [task.trial(asked) for _ in range(count)]
     write(directory / "valid.jsonl", trials)
 
     lengths = [min(SHORTEST, longest)]
     while lengths[-1] < longest:
         lengths.append(min(2 * lengths[-1], longest))
-    tasks = [Passkey(tokens, length) for length in lengths]
-    sources = []
-    for stage, (first, last) in enumerate(bounds(len(lengths), config.training.steps)):
+    rng, sources = Random(config.training.seed), list[Path]()  # noqa: S311
+    for length, (first, last) in zip(lengths, bounds(len(lengths), config.training.steps), strict=True):
+        task = Passkey(tokens, length)
         slots = (last - first) * config.training.global_batch_size * row
         prompts: list[Trial] = []
         while slots > 0 or not prompts:
-            prompts.append(rng.choice(tasks[: stage + 1]).trial(rng))
+            prompts.append(task.trial(rng))
             slots -= tokens(prompts[-1].prompt) + 2 * chunk
-        sources.append(directory / f"stage-{stage}.jsonl")
+        sources.append(directory / f"stage-{len(sources)}.jsonl")
         write(sources[-1], prompts)
     return trials, sources
 
@@ -205,7 +208,7 @@ def fit(engine: Engine, config: Config, data: Prepared, steps: int) -> None:
             losses.append(engine.train_step(next(batches)).loss)
             if engine.step % config.logging.interval == 0 or engine.step == training.steps:
                 mean = np.mean(losses[-config.logging.interval :])
-                print(f"step {engine.step}/{training.steps} | loss {mean:.3f} nats per answer token", flush=True)
+                print(f"step {engine.step}/{training.steps} | loss {mean:.3f} nats per token", flush=True)
 
 
 @torch.no_grad()

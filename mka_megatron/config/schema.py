@@ -247,6 +247,8 @@ class DataConfig:
     """Processes that tokenise."""
     sequence_length: int = 512
     """Tokens per training sample."""
+    train_on_prompts: bool = False
+    """format sft: the training loss is on the prompts too; the held-out loss stays on the responses."""
     pad_documents_to_chunks: bool = False
     """Start every document, and with format sft every response, on a multiple of memory_hierarchy.l1.chunk_size."""
     reset_at_documents: bool = True

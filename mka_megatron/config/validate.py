@@ -345,6 +345,8 @@ def _check_data(config: Config) -> None:
     if not data.valid and data.valid_fraction == 0:
         raise refuse("data.valid_fraction", data.valid_fraction,
                      "data.valid is empty, so nothing would be held out; raise it, or name sources in data.valid")
+    if data.train_on_prompts and data.format != "sft":
+        raise refuse("data.train_on_prompts", True, "only data.format sft has prompts; set the format or leave it out")
     if data.pad_documents_to_chunks and data.sequence_length % chunk:
         raise refuse("data.sequence_length", data.sequence_length, "with data.pad_documents_to_chunks it must be a "
                      f"multiple of memory_hierarchy.l1.chunk_size ({chunk})")

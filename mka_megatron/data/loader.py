@@ -45,13 +45,14 @@ class Samples:
         return self.packings[source].row(number)
 
 
-def _pack(corpus: Corpus, data: DataConfig, chunk_size: int, seed: int) -> Packing:
+def _pack(corpus: Corpus, data: DataConfig, chunk_size: int, seed: int, count_prompts: bool = False) -> Packing:
     return Packing(
         corpus,
         sequence_length=data.sequence_length,
         chunk_size=chunk_size if data.pad_documents_to_chunks else None,
         reset_at_documents=data.reset_at_documents,
         split_documents=data.format == "pretrain",
+        count_prompts=count_prompts,
         seed=seed,
     )
 
@@ -112,7 +113,8 @@ def train_batches(
         DataError: batch sizes that do not divide, or packing options that do not fit together.
     """
     count = _micro_batches(global_batch_size, micro_batch_size, dp_size)
-    samples = Samples(tuple(_pack(corpus, data, chunk_size, seed) for corpus in corpora), Blend.of(weights))
+    packings = tuple(_pack(corpus, data, chunk_size, seed, data.train_on_prompts) for corpus in corpora)
+    samples = Samples(packings, Blend.of(weights))
 
     def steps() -> Iterator[tuple[Batch, ...]]:
         first = consumed_samples

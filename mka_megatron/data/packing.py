@@ -50,6 +50,7 @@ class Packing:
         chunk_size: int | None = None,
         reset_at_documents: bool = True,
         split_documents: bool = True,
+        count_prompts: bool = False,
         seed: int | None = 0,
     ) -> None:
         """Plan the rows of `corpus`.
@@ -61,6 +62,7 @@ class Packing:
             reset_at_documents: labels that cross documents are IGNORE and every document is a start; when
                 false, a row is one document.
             split_documents: see the module.
+            count_prompts: every token is a label, whatever the loss mask says of it.
             seed: order of documents and rows; None: storage order.
 
         Raises:
@@ -83,6 +85,7 @@ class Packing:
         self._length = sequence_length
         self._reset = reset_at_documents
         self._split = split_documents
+        self._count_prompts = count_prompts
         self._seed = seed
         chunk = chunk_size or 1
         # first token of every piece of a document that begins on a chunk of its own, and the piece's slot
@@ -132,7 +135,7 @@ class Packing:
                 follows.append((before[2], slot))
             before = (document, end, stop - 1)
             tokens[slot:stop] = self._corpus.read(document, begin, end)
-            counts[slot:stop] = self._corpus.read_loss(document, begin, end)
+            counts[slot:stop] = self._count_prompts or self._corpus.read_loss(document, begin, end)
             padding[slot:stop] = False
             begins[slot] = begin == 0
         keep = counts[1:] & ~padding[1:] & ~padding[:-1]

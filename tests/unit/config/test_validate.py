@@ -105,6 +105,7 @@ REFUSED: list[tuple[list[str], int | None, tuple[str, ...]]] = [
     (["data.train=[{path: a, weight: 0}]"], None, ("data.train[0].weight is 0", "greater than 0")),
     (["data.valid_fraction=1.0"], None, ("data.valid_fraction is 1.0", "less than 1")),
     (["data.valid_fraction=0"], None, ("data.valid_fraction is 0", "held out")),
+    (["data.train_on_prompts=true"], None, ("data.train_on_prompts is true", "data.format sft")),
     (["data.pad_documents_to_chunks=true", "data.sequence_length=500"], None,
      ("data.sequence_length is 500", "chunk_size (128)")),
     # training

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,3 +201,18 @@ def test_long_samples_are_prepared_fewer_steps_ahead(
         global_batch_size=micro, micro_batch_size=micro, dp_rank=0, dp_size=1,
     )  # fmt: skip
     assert depths == [ahead]
+
+
+def test_prompts_count_in_training_only(tmp_path: Path) -> None:
+    prefix = corpora.write(tmp_path / "x", corpora.numbered([8, 8]))
+    corpora.write(tmp_path / "x.loss", [[0, 0, 0, 0, 0, 0, 1, 1]] * 2, np.uint8)
+    corpus = open_corpus(prefix, 10**8, loss=True)
+    data = DataConfig(sequence_length=8, format="sft", train_on_prompts=True)
+    with train_batches(
+        [corpus], [1.0], data, chunk_size=4, seed=0, consumed_samples=0, global_batch_size=1, micro_batch_size=1,
+        dp_rank=0, dp_size=1,
+    ) as steps:  # fmt: skip
+        (batch,) = next(steps)
+    assert int((batch.labels != IGNORE).sum()) == 7
+    batches = valid_batches([corpus], data, chunk_size=4, eval_batches=0, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1)
+    assert [int((batch.labels != IGNORE).sum()) for batch in batches] == [2, 2]

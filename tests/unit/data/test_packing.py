@@ -221,6 +221,23 @@ def test_a_prompt_that_ends_with_its_chunk_is_not_padded(tmp_path: Path) -> None
     assert second.starts.tolist() == [True] + [False] * 15
 
 
+def test_prompts_count_without_moving_a_token(tmp_path: Path) -> None:
+    documents = corpora.numbered([6, 6])
+    prefix = corpora.write(tmp_path / "x", documents)
+    corpora.write(tmp_path / "x.loss", [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1]], np.uint8)
+    corpus = open_corpus(prefix, 10**9, loss=True)
+    one, two = STRIDE, 2 * STRIDE
+    rows = [
+        Packing(corpus, sequence_length=16, chunk_size=4, split_documents=False, count_prompts=count, seed=None).row(0)
+        for count in (True, False)
+    ]
+    assert rows[0].labels.tolist() == [
+        *range(one + 1, one + 6), IGNORE, IGNORE, IGNORE, two + 1, two + 2, IGNORE, IGNORE, *range(two + 3, two + 6), IGNORE,
+    ]  # fmt: skip
+    for name in ("tokens", "starts", "padding"):
+        assert np.array_equal(getattr(rows[0], name), getattr(rows[1], name))
+
+
 def test_without_chunks_nothing_lies_between_prompt_and_response(tmp_path: Path) -> None:
     documents = corpora.numbered([6])
     prefix = corpora.write(tmp_path / "x", documents)
