@@ -69,7 +69,7 @@ class Inputs:
             starts[:, 0] = True
             padding = ~starts & likely(0.1, batch, slots)
             rows = Documents.from_starts(starts.cpu(), padding.cpu()).to(device)
-            available = likely(0.7, batch, slots, count)
+            available = likely(0.7, batch, slots, *((1,) if scope == "group" else ()), count)
             available[..., 0] = True
         given, grads = [], []
         for _ in range(streams):

@@ -16,7 +16,7 @@ from mka_megatron.config.schema import Config
 from mka_megatron.memory import routing
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.hashing import chunk_means, last_queries, recent
+from mka_megatron.memory.hashing import pooled, select
 from mka_megatron.memory.view import Carry, Memory, Summaries, Update
 from mka_megatron.ops.block_attention import block_attention
 
@@ -77,19 +77,15 @@ def block_core(
     window = (levels.l1.window or 0) // chunks.size
     q, k = finish.norm_q(q), finish.norm_k(k)
 
-    summaries = Summaries(
-        k=finish.rotate(chunk_means(k, chunks), chunks.at_hand(chunks.last)),
-        v=chunk_means(v, chunks),
-        signature=None if selector is None else selector.signature(k, chunks),
-    )
+    mean_k, mean_v, signature = pooled(k, v, chunks, selector, backend=memory.recall_backend)
+    summaries = Summaries(finish.rotate(mean_k, chunks.at_hand(chunks.last)), mean_v, signature)
     before = view.summaries(summaries)
     selected = queries = None
     if selector is not None:
         assert before.signature is not None  # a view joins what it is given
-        fixed = selector.queries(q, k.shape[2])
-        queries = last_queries(fixed, documents)
-        recent_queries = recent(fixed, view.queries(queries), documents, chunks)
-        selected = selector.select(recent_queries, before.signature, chunks, window)
+        selected, queries = select(
+            q, before.signature, documents, chunks, selector, view.queries, window, backend=memory.recall_backend
+        )
 
     q, k = finish.rotate(q, None), finish.rotate(k, None)
     halo_k, halo_v = view.halo(k, v, window - 1)

@@ -19,10 +19,10 @@ from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.attention.long_term import available, l3_level, mixes_l3
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core
-from mka_megatron.memory import routing
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.summary import ema, prefix_mean
 from mka_megatron.memory.view import NO_MEMORY, Carry, Memory, Update, View
+from mka_megatron.ops.route_fuse import Stream, route_fuse
 
 
 def attend(
@@ -50,21 +50,29 @@ def attend(
         memory's update).
     """
     weights = None
-    carry_k = carry_v = None
+    carry_k: Carry | None = None
+    carry_v: Carry | None = None
     update = Update(None, None, None, None, None, None)
     if route is not None and route.logits is not None:
         assert route.beta is not None
         k3 = v3 = None
         if mixes_l3(config):
             k3, v3, update = l3_level(q, k, v, finish, documents, scale, memory)
-        weights = routing.route(route.logits, available(route.logits, config, memory), config.routing.mode)
-        if "k" in config.attention.fuse:
-            levels, carry_k = summaries(k, k3, route.decay_k, documents, config, memory.view, "k")
-            k = fuse(k, weights, route.beta, *levels)
-        if "v" in config.attention.fuse:
-            levels, carry_v = summaries(v, v3, route.decay_v, documents, config, memory.view, "v")
-            v = fuse(v, weights, route.beta, *levels)
-        weights = weights.detach()
+        fuses, streams, means = config.attention.fuse, [], []
+        for name, x, long_term, decay in (("k", k, k3, route.decay_k), ("v", v, v3, route.decay_v)):
+            if name in fuses:
+                stream, mean = _stream(x, long_term, decay, documents, config, memory.view, name)
+                streams.append(stream)
+                means.append(mean)
+        fused, weights = route_fuse(
+            streams, route.logits, route.beta, documents, available(route.logits, config, memory),
+            mode=config.routing.mode, backend=memory.fuse_backend,
+        )  # fmt: skip
+        carries = [mean if last is None else last.detach() for (_, last), mean in zip(fused, means, strict=True)]
+        if "k" in fuses:
+            k, carry_k = fused[0][0], carries[0]
+        if "v" in fuses:
+            v, carry_v = fused[-1][0], carries[-1]
     if block_core(config):
         core = None if route is None else route.core
         out, _, update = attend_blocks(q, k, v, finish, core, documents, scale, config, memory, carry_k, carry_v)
@@ -73,27 +81,19 @@ def attend(
     return out, weights, replace(update, carry_k=carry_k, carry_v=carry_v)
 
 
-def fuse(tokens: Tensor, weights: Tensor, beta: Tensor, *summaries: Tensor) -> Tensor:
-    """tokens + beta * (sum_l lambda_l level_l - tokens), level 1 being the tokens themselves.
-
-    With weights that sum to one this is tokens + sum_{l>1} beta lambda_l (level_l - tokens): exactly the tokens
-    for beta = 0.
-
-    Args:
-        tokens: [B, S, G, d]; summaries: levels 2..L, the same shape.
-        weights: [B, S, L] or [B, S, G, L].
-        beta: scalar or [1].
-
-    Returns:
-        [B, S, G, d], dtype of tokens; the arithmetic is in the wider of the dtypes.
-    """
-    # [B, S, L] -> [B, S, 1, L]
-    shares = beta * (weights if weights.dim() == 4 else weights[:, :, None])
-    wide = tokens.to(shares.dtype)
-    fused = wide
-    for level, summary in enumerate(summaries, start=1):
-        fused = fused + shares[..., level, None] * (summary.to(shares.dtype) - wide)
-    return fused.to(tokens.dtype)
+def _stream(
+    x: Tensor, long_term: Tensor | None, decay: Tensor | None, documents: Documents, config: Config, view: View, name: str
+) -> tuple[Stream, Carry | None]:
+    """What is fused of raw keys or values [B, S, G, d] (`name`: "k" or "v"), given L3's; and the prefix mean's state
+    after the last slot, detached, None where L2 is not one."""
+    if not config.memory_hierarchy.l2.enabled:
+        return Stream(x, long_term=long_term), None
+    if decay is None:
+        mean, state = l2_summary(x, None, documents, view, name)
+        return Stream(x, long_term=long_term, summary=mean), state
+    carry = view.carry(name, x, decay, documents)
+    assert not isinstance(carry, tuple)
+    return Stream(x, decay, carry, long_term), None
 
 
 def summaries(

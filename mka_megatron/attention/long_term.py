@@ -15,7 +15,7 @@ from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.hashing import chunk_means, last_queries, recent
+from mka_megatron.memory.hashing import pooled, select
 from mka_megatron.memory.view import Memory, Summaries, Update
 
 
@@ -42,14 +42,13 @@ def l3_level(
     if chunks is None or selector is None:
         raise ValueError("memory_hierarchy.l3.enabled is true: pass a memory with chunks and a selector.")
     groups = k.shape[2]
-    signature = selector.signature(finish.norm_k(k), chunks)
-    own = Summaries(chunk_means(k, chunks), chunk_means(v, chunks), signature)
+    backend, keys = memory.recall_backend, finish.norm_k(k)
+    own = Summaries(*pooled(k, v, chunks, selector, None if keys is k else keys, backend=backend))
     means = memory.view.summaries(own)
-    fixed = selector.queries(finish.norm_q(q), groups)
-    last = last_queries(fixed, documents)
-    queries = recent(fixed, memory.view.queries(last), documents, chunks)
     assert means.signature is not None
-    selected = selector.select(queries, means.signature, chunks, window_chunks=1)
+    selected, last = select(
+        finish.norm_q(q), means.signature, documents, chunks, selector, memory.view.queries, 1, backend=backend
+    )
 
     wide = torch.promote_types(q.dtype, torch.float32)
     none = (selected < 0).transpose(2, 3)[..., None]
@@ -71,7 +70,7 @@ def l3_level(
     # [B, n, C, G, d] -> [B, S, G, d]
     mixed = (torch.einsum("bngcr,bnrgd->bncgd", weights, x).flatten(1, 2) for x in (recalled_k, recalled_v))
     level_k, level_v = (x[:, : q.shape[1]] for x in mixed)
-    detached = Summaries(own.k.detach(), own.v.detach(), signature)
+    detached = Summaries(own.k.detach(), own.v.detach(), own.signature)
     return level_k.to(k.dtype), level_v.to(v.dtype), Update(None, None, detached, last, None, None)
 
 

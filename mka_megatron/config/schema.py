@@ -97,6 +97,9 @@ class AttentionConfig:
     """fastmka: attend to every token, or to a window, chunk summaries and recalled chunks (blockmka always does)."""
     block_backend: Literal["auto", "flex", "reference"] = "auto"
     """Block core: FlexAttention, or tiles gathered by PyTorch; auto: flex on CUDA, reference elsewhere."""
+    kernels: Literal["auto", "cuda", "reference"] = "auto"
+    """Fusion, pooling and recall: our CUDA kernels, or PyTorch; auto: the kernels on a GPU that has them, for what they
+    cover."""
     mixture: Literal["output", "score"] = "output"
     """mka: mix the levels' outputs (Algorithm 1) or their scores under one softmax (eq. 5)."""
     fuse: Literal["kv", "k", "v"] = "kv"

@@ -19,6 +19,7 @@ from mka_megatron.config.variants import (
     HAS_HF_WEIGHTS,
     block_core,
     effective_kv_heads,
+    has_kernels,
     needs_chunks,
     recalls,
 )
@@ -222,6 +223,10 @@ def _check_attention(config: Config) -> None:
     if attention.block_backend != "auto" and not block_core(config):
         raise refuse("attention.block_backend", attention.block_backend,
                      "only the block core has a backend; leave it out, or use attention.core block")
+    if attention.kernels == "cuda" and not has_kernels(config):
+        raise refuse("attention.kernels", attention.kernels,
+                     "with these levels attention.variant "
+                     f"{attention.variant} has nothing that the kernels compute; leave it out")
     by_score = block_core(config) or attention.mixture == "score"
     if attention.variant in GATED and by_score and routing.mode == "top1":
         raise refuse("routing.mode", routing.mode, "as a weight on attention scores (attention.mixture score, block "

@@ -7,6 +7,9 @@ from mka_megatron.config.schema import Config, ModelConfig
 GATED = frozenset({"mka", "fastmka", "blockmka"})
 """Variants with a gate over the memory levels: each rank must own whole KV heads."""
 
+FUSING = frozenset({"fastmka"})
+"""Variants whose route fuses keys and values before one attention."""
+
 HAS_HF_WEIGHTS = frozenset({"mha", "mqa", "gqa", "mka", "fastmka", "blockmka"})
 """Variants on the grouped projections that Qwen and Llama checkpoints hold."""
 
@@ -29,6 +32,17 @@ def block_core(config: Config) -> bool:
 def recalls(config: Config) -> bool:
     """Offers recalled chunks (L3)."""
     return config.attention.variant in GATED and config.memory_hierarchy.l3.enabled
+
+
+def fuses(config: Config) -> bool:
+    """Mixes levels into one key and value per token before one attention."""
+    memory = config.memory_hierarchy
+    return config.attention.variant in FUSING and (memory.l2.enabled or (memory.l3.enabled and not block_core(config)))
+
+
+def has_kernels(config: Config) -> bool:
+    """Runs an op of which there are CUDA kernels: the fusion, or pooling and recall."""
+    return fuses(config) or needs_chunks(config)
 
 
 def needs_chunks(config: Config) -> bool:

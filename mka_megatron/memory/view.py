@@ -158,6 +158,10 @@ class Memory:
     """How chunks are recalled; None without L3."""
     backend: str = "reference"
     """Implementation of the block core, as ops.block_attention.choose gives it."""
+    fuse_backend: str = "reference"
+    """Implementation of the fusion, as ops.library.choose gives it."""
+    recall_backend: str = "reference"
+    """Implementation of pooling and recall, as ops.library.choose gives it."""
 
 
 NO_MEMORY = Memory()

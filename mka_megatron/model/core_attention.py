@@ -15,11 +15,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mka_megatron.attention.backends import Backends
 from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.attention.registry import Variant
 from mka_megatron.attention.rope import apply_rope
 from mka_megatron.config.schema import Config
-from mka_megatron.config.variants import block_core, recalls
+from mka_megatron.config.variants import recalls
 from mka_megatron.memory import hashing
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.routing import route_entropy
@@ -28,7 +29,6 @@ from mka_megatron.memory.summary import decay_logits
 from mka_megatron.memory.view import Memory, Update, View
 from mka_megatron.model.gate import build_gate, sharded_parameter
 from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
-from mka_megatron.ops.block_attention import choose
 from mka_megatron.parallel.replicated import mark_partial
 
 # Suffixes: S sequence, B batch, G local KV heads, H local query heads, d head dim, L levels.
@@ -112,7 +112,7 @@ class VariantCore(nn.Module):
         if max(levels, core_levels) > 1:
             self.route = Route(config, levels, core_levels, tp_group, transformer.params_dtype)
         on = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backend = choose(config.attention.block_backend, on) if block_core(config) else "reference"
+        self.backends = Backends.choose(config, transformer.params_dtype, on)
         self.recalls = recalls(config)
         if self.recalls:
             l3 = config.memory_hierarchy.l3
@@ -128,7 +128,7 @@ class VariantCore(nn.Module):
 
         `key_bias_Gd`: the constant part of every normed key, which the hash codes leave out; None: there is none.
         """
-        selector = self._selector(key_bias_Gd)
+        selector, of = self._selector(key_bias_Gd), self.backends
 
         def attend(at: AttentionInputs, view: View, q: Tensor, k: Tensor, v: Tensor, *route: Any) -> tuple[Any, ...]:
             def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -137,7 +137,7 @@ class VariantCore(nn.Module):
             return self.variant.attend(
                 q, k, v, finish=Finish(q_norm or _identity, k_norm or _identity, rotate),
                 route=RouteInputs(*route) if route else None, documents=at.documents, scale=self.scale,
-                config=self.config, memory=Memory(view, at.chunks, selector, self.backend),
+                config=self.config, memory=Memory(view, at.chunks, selector, of.block, of.fuse, of.recall),
             )
 
         raw = [t.transpose(0, 1) for t in (q_SBHd, k_SBGd, v_SBGd)]

@@ -104,20 +104,30 @@ def available() -> tuple[bool, str]:
     return True, ""
 
 
-def choose(op: str, wanted: str, device: str) -> str:
+def choose(op: str, wanted: str, device: str, lacks: str = "") -> str:
     """The backend of `op` for `wanted` ("auto" or one of BACKENDS) on a device type ("cpu", "cuda").
 
-    To be decided once, where a model or cache is built; logged. Raises ConfigError when it does not run there.
+    To be decided once, where a model or cache is built; logged. `lacks`: why the op has no kernel for the sizes and
+    types that it is to run with. Raises ConfigError when what is wanted does not run there.
     """
     if wanted not in ("auto", *BACKENDS):
-        raise refuse(f"the backend of {op}", wanted, f"choose auto, {' or '.join(BACKENDS)}")
+        raise refuse("attention.kernels", wanted, f"choose auto, {' or '.join(BACKENDS)}")
     there, why = available() if device == "cuda" else (False, f"the device is {device}.")
+    if there and lacks:
+        there, why = False, lacks
+    why = why.rstrip(".")
     if wanted == "cuda" and not there:
-        raise refuse(f"the backend of {op}", wanted, f"the kernels cannot run: {why.rstrip('.')}")
+        raise refuse("attention.kernels", wanted, f"the kernels of {op} cannot run: {why}; use auto or reference")
     backend = "cuda" if there and wanted != "reference" else "reference"
     passed_over = backend == "reference" and wanted == "auto" and device == "cuda"
-    _log.info("%s: %s on %s%s", op, backend, device, f" ({why})" if passed_over else "")
+    _tell(f"{op}: {backend} on {device}{f' ({why})' if passed_over else ''}")
     return backend
+
+
+@functools.cache
+def _tell(choice: str) -> None:
+    """Logs a choice once, though every layer makes it."""
+    _log.info(choice)
 
 
 def run(entry: str, args: ctypes.Structure, device: torch.device) -> None:

@@ -58,7 +58,8 @@ def route_fuse(
         logits: [B, S, L], or [B, S, G, L] for a route per KV head; L is 2 or 3.
         beta: scalar or [1], the blend.
         rows: boundaries of the [B, S] slots.
-        available: [B, S, L] bool, the levels that hold something, L1 always; None: all.
+        available: bool, the levels that hold something, L1 always: [B, S, L], beside a route per KV head [B, S, 1, L];
+            None: all.
         mode: "soft", "fixed", "top1" or "top2", as in :func:`route.route`.
         backend: "reference" or "cuda", as ops.library.choose gives it.
 
@@ -110,8 +111,11 @@ def _check(
         raise ValueError(f"beta has shape {list(beta.shape)}: give a scalar or [1].")
     if rows.starts.shape != (batch, sequence):
         raise ValueError(f"rows are of {list(rows.starts.shape)} slots, x of {[batch, sequence]}: make them equal.")
-    if available is not None and (available.dtype, tuple(available.shape)) != (torch.bool, (batch, sequence, logits.shape[-1])):
-        raise ValueError(f"available is {available.dtype} of shape {list(available.shape)}: give bool [B, S, L].")
+    per_slot = (batch, sequence, *(1,) * (logits.dim() - 3), logits.shape[-1])
+    if available is not None and (available.dtype, tuple(available.shape)) != (torch.bool, per_slot):
+        raise ValueError(
+            f"available is {available.dtype} of shape {list(available.shape)}: give bool {list(per_slot)}."
+        )
 
 
 def _levels(stream: Stream) -> tuple[bool, bool, bool]:

@@ -111,8 +111,6 @@ def route_fuse(
     out = _forward([s.x for s in streams], long_term, decay, carry, *wide, slots, mode)
     count = len(streams)
     lasts = out[count : 2 * count] if decay else [None] * count
-    if available is not None and logits.dim() == 4:
-        available = available[:, :, None]
     return list(zip(out[:count], lasts, strict=True)), route(logits.detach(), available, mode)
 
 

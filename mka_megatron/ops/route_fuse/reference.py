@@ -21,8 +21,6 @@ def route_fuse(
     streams: Sequence[Stream], logits: Tensor, beta: Tensor, rows: Rows, available: Tensor | None, mode: str
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
     """As the contract says; checked inputs."""
-    if available is not None and logits.dim() == 4:
-        available = available[:, :, None]
     weights = route(logits, available, mode)
     fused = []
     for each in streams:

@@ -17,7 +17,7 @@ def pack(rows: Rows, available: Tensor | None, levels: int, carried: bool) -> Te
     """The slots of `rows`, as the kernels read them; nothing waits for a device.
 
     Args:
-        available: [B, S, L] bool, the levels that hold something, at least one everywhere; None: all.
+        available: [B, S, L] or [B, S, 1, L] bool, the levels that hold something, at least one everywhere; None: all.
         levels: L.
         carried: a state comes in, which the first document of every row continues; else every row starts afresh.
 
@@ -28,6 +28,7 @@ def pack(rows: Rows, available: Tensor | None, levels: int, carried: bool) -> Te
     kinds = rows.once(_kinds, carried)
     if available is None:
         return rows.once(_all_levels, levels, carried)
+    available = available.view(*rows.starts.shape, levels)
     bits = (available.long() << torch.arange(levels, device=kinds.device)).sum(dim=-1)
     return kinds | (bits << LEVEL_SHIFT).to(torch.uint8)
 

@@ -54,6 +54,8 @@ REFUSED: list[tuple[list[str], int | None, tuple[str, ...]]] = [
     (["memory_hierarchy.l1.window=256"], None, ("memory_hierarchy.l1.window is 256", "block core", "512")),
     (["attention.variant=gqa", "attention.core=block"], None, ("attention.core is block", "gqa")),
     (["attention.block_backend=flex"], None, ("attention.block_backend is flex", "block core")),
+    (["attention.variant=gqa", "attention.kernels=cuda"], None, ("attention.kernels is cuda", "gqa", "leave it out")),
+    (["attention.variant=mka", "attention.kernels=cuda"], None, ("attention.kernels is cuda", "mka", "leave it out")),
     (BLOCK[:1], None, ("memory_hierarchy.l1.window is null", "block core")),
     (BLOCK[:2], None, ("data.pad_documents_to_chunks is false", "block core")),
     ([*BLOCK, "routing.mode=top1"], None, ("routing.mode is top1", "block core", "top2")),

@@ -157,7 +157,7 @@ def test_the_look_back_over_its_groups(tiles: int) -> None:
 def test_modes_with_levels_that_hold_nothing(mode: str) -> None:
     streams, logits, beta = inputs(2, 150, 16, "l2 l3", torch.float32, 2, "group", False)
     logits = torch.randint(0, 3, logits.shape).float().requires_grad_()  # with ties
-    available = torch.rand(2, 150, 3) < 0.6
+    available = torch.rand(2, 150, 1, 3) < 0.6
     available[..., 0] = True
     compare(streams, logits, beta, layout("packed", 2, 150), available, mode)
 

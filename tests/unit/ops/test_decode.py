@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mka_megatron.attention.blockmka import block_core
-from mka_megatron.attention.fastmka import fuse as fuse_levels
 from mka_megatron.attention.fastmka import l2_summary
 from mka_megatron.attention.inputs import Finish
 from mka_megatron.config.schema import Config, L1Config, L2Config, L3Config, MemoryConfig
@@ -17,6 +16,7 @@ from mka_megatron.memory.hashing import SELECTING_QUERIES, Selector, planes
 from mka_megatron.memory.view import NO_MEMORY, Memory
 from mka_megatron.ops import decode
 from mka_megatron.ops.decode import Cache, Hashing
+from mka_megatron.ops.route_fuse.reference import fuse as fuse_levels
 from tests.helpers.decode_rows import F64, ROWS, SCALE, Rows, generate, new_cache, norm
 from tests.helpers.numerics import assert_bitwise, assert_same
 

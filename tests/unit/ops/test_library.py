@@ -66,16 +66,31 @@ def test_a_library_that_is_missing_or_broken(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_reference_runs_and_the_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert library.available() == (False, "PyTorch sees no CUDA device.")
+    library._tell.cache_clear()
     caplog.set_level("INFO")
     choose = functools.partial(library.choose, "recall")
     assert choose("auto", "cpu") == choose("auto", "cuda") == choose("reference", "cuda") == "reference"
-    assert "recall: reference on cuda (PyTorch sees no CUDA device.)" in caplog.text
-    with pytest.raises(ConfigError, match="the kernels cannot run: PyTorch sees no CUDA device"):
+    assert caplog.text.count("recall: reference on cuda (PyTorch sees no CUDA device)") == 1
+    with pytest.raises(ConfigError, match="kernels is cuda: the kernels of recall cannot run: PyTorch sees no CUDA device"):
         choose("cuda", "cuda")
-    with pytest.raises(ConfigError, match="the kernels cannot run: the device is cpu"):
+    with pytest.raises(ConfigError, match="the kernels of recall cannot run: the device is cpu; use auto or reference"):
         choose("cuda", "cpu")
-    with pytest.raises(ConfigError, match="the backend of recall is triton: choose auto, reference or cuda"):
+    with pytest.raises(ConfigError, match=r"attention\.kernels is triton: choose auto, reference or cuda"):
         choose("triton", "cpu")
+
+
+def test_with_a_gpu_the_kernels_run_what_they_cover(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "available", lambda: (True, ""))
+    library._tell.cache_clear()
+    caplog.set_level("INFO")
+    choose = functools.partial(library.choose, "recall")
+    assert choose("auto", "cuda") == choose("cuda", "cuda") == "cuda"
+    assert choose("reference", "cuda") == choose("auto", "cpu") == choose("auto", "cuda", "no size 32") == "reference"
+    assert "recall: cuda on cuda" in caplog.text and "recall: reference on cuda (no size 32)" in caplog.text
+    with pytest.raises(ConfigError, match="the kernels of recall cannot run: no size 32; use auto"):
+        choose("cuda", "cuda", "no size 32")
 
 
 def test_arguments_are_checked() -> None:

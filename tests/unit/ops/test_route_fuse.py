@@ -75,7 +75,8 @@ def chosen(logits: Tensor, available: Tensor, mode: str) -> Tensor:
 
 
 def fused(streams: list[Stream], logits: Tensor, beta: Tensor, where: Documents, available: Tensor | None, mode: str):
-    results, weights = op.route_fuse(streams, logits, beta, where, available, mode=mode)
+    levels = available if available is None or logits.dim() == 3 else available[:, :, None]
+    results, weights = op.route_fuse(streams, logits, beta, where, levels, mode=mode)
     wide = logits if logits.dim() == 4 else logits[:, :, None]
     everywhere = torch.ones(B, len(where.starts[0]), wide.shape[-1], dtype=torch.bool) if available is None else available
     exact = chosen(wide, everywhere[:, :, None].expand_as(wide), mode)
@@ -231,7 +232,7 @@ def good() -> tuple[list[Stream], Tensor, Tensor, Documents, Tensor]:
         (lambda a: (*a[:2], leaf(2), *a[3:]), "beta has shape"),
         (lambda a: (*a[:3], layout("single", B, S + 1)), r"rows are of \[3, 38\] slots, x of \[3, 37\]"),
         (lambda a: (*a[:4], a[4].long()), "available is torch.int64"),
-        (lambda a: (*a[:4], a[4][..., :2]), "available is torch.bool of shape"),
+        (lambda a: (*a[:4], a[4][..., :2]), r"available is torch.bool of shape \[3, 37, 2\]: give bool \[3, 37, 3\]"),
         (lambda a: ([replace(a[0][0], summary=a[0][0].x)], *a[1:]), "decay and summary are both given"),
     ],
 )
