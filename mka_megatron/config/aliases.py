@@ -7,7 +7,7 @@ from typing import Any
 
 from mka_megatron.config.errors import ConfigError, refuse, show
 from mka_megatron.config.fields import is_section, item_type, type_hints
-from mka_megatron.config.schema import Config, SourceConfig
+from mka_megatron.config.schema import Config, MemoryConfig, SourceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def normalise(layer: dict[str, Any], origin: str, section: type = Config) -> dic
         hint: Any = type_hints(section).get(key) if isinstance(key, str) else None
         if is_section(hint) and value is None:
             value = {}
-        if key == "memory_hierarchy" and section is Config and isinstance(value, dict):
+        if hint is MemoryConfig and isinstance(value, dict):
             value = {name: dict(item) if isinstance(item, dict) else item for name, item in value.items()}
             _rename_memory_keys(value, origin)
         if is_section(hint) and isinstance(value, dict):

@@ -75,9 +75,9 @@ def kind(hint: Any) -> str:
     return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint]
 
 
-def annotation_at(location: tuple[str | int, ...]) -> Any:
-    """The annotation of the field (or list item) at `location` in Config, None where there is none."""
-    hint: Any = Config
+def annotation_at(location: tuple[str | int, ...], root: type = Config) -> Any:
+    """The annotation of the field (or list item) at `location` in `root`, None where there is none."""
+    hint: Any = root
     for step in location:
         if isinstance(step, int):
             hint = item_type(hint)

@@ -37,8 +37,8 @@ def load_config(paths: str | Path | Sequence[str | Path] = (), overrides: Sequen
     Raises:
         ConfigError: one sentence that names the key or file, the value and the fix.
     """
-    merged, origins = _merged(paths, overrides)
-    config = _apply_init_from(typed(merged, origins), merged, origins)
+    merged, origins = merge_layers(paths, overrides)
+    config = apply_init_from(typed(merged, origins), merged, origins)
     validate(config, world_size)
     check_files(config)
     return config
@@ -57,24 +57,25 @@ def load_attention(directory: str | Path, paths: str | Path | Sequence[str | Pat
     Raises:
         ConfigError: one sentence that names the key or file, the value and the fix.
     """
-    merged, origins = _merged(paths, overrides)
+    merged, origins = merge_layers(paths, overrides)
     model = merged.setdefault("model", {})
     if isinstance(model, dict):
         model["init_from"] = str(directory)
-    config = _apply_init_from(typed(merged, origins), merged, origins)
+    config = apply_init_from(typed(merged, origins), merged, origins)
     validate_architecture(config)
     return config
 
 
-def _merged(paths: str | Path | Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
-    """The layers as one mapping of plain values, and who set each key last."""
+def merge_layers(paths: str | Path | Sequence[str | Path], overrides: Sequence[str],
+                 root: type = Config) -> tuple[dict[str, Any], Origins]:
+    """The layers of a `root` as one mapping of plain values, and who set each key last. Raises ConfigError."""
     merged: dict[str, Any] = {}
     origins: Origins = {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
         for origin, layer in _file_layers(Path(path), ()):
-            _merge(merged, normalise(layer, origin), origin, origins)
+            _merge(merged, normalise(layer, origin, root), origin, origins)
     for override in overrides:
-        _merge(merged, normalise(_parse_override(override), COMMAND_LINE), COMMAND_LINE, origins)
+        _merge(merged, normalise(_parse_override(override), COMMAND_LINE, root), COMMAND_LINE, origins)
     return merged, origins
 
 
@@ -140,8 +141,11 @@ def _merge(into: dict[str, Any], layer: dict[str, Any], origin: str, origins: Or
             into[str(key)] = value
 
 
-def _apply_init_from(config: Config, merged: dict[str, Any], origins: Origins) -> Config:
-    """The sections that the directory of `model.init_from` fixes; an explicit contradiction is refused."""
+def apply_init_from(config: Config, merged: dict[str, Any], origins: Origins) -> Config:
+    """`config` with the sections that the directory of `model.init_from` fixes.
+
+    Raises ConfigError for a value of `merged` that contradicts it.
+    """
     if config.model.init_from is None:
         return config
     file = f"{config.model.init_from}/config.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mka_megatron.config.errors import ConfigError, refuse
-from mka_megatron.config.schema import Config, ParallelConfig
+from mka_megatron.config.schema import Config, DataConfig, ParallelConfig
 from mka_megatron.config.variants import (
     GATED,
     HAS_HF_WEIGHTS,
@@ -80,7 +80,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
 
 def validate_attention(config: Config) -> None:
     """The part of `validate` that depends on attention, routing and memory_hierarchy only. Raises ConfigError."""
-    _check_values(config, "")
+    check_values(config, "")
     _check_limits(config)
     _check_attention(config)
     _check_levels(config)
@@ -135,14 +135,14 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-def _check_values(value: Any, key: str) -> None:
+def check_values(value: Any, key: str) -> None:
     """Finite numbers, integers that fit, text that can be a file name."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            _check_values(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+            check_values(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            _check_values(item, f"{key}[{index}]")
+            check_values(item, f"{key}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise refuse(key, value, "it must be a finite number")
     elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
@@ -333,12 +333,8 @@ def _check_context(config: Config) -> None:
                      f"multiple of parallel.context_parallel x memory_hierarchy.l1.chunk_size ({ranks * chunk})")
 
 
-def _check_data(config: Config) -> None:
-    data, chunk = config.data, config.memory_hierarchy.l1.chunk_size
-    if data.sequence_length > config.model.max_position_embeddings:
-        raise refuse("data.sequence_length", data.sequence_length,
-                     f"the model reaches model.max_position_embeddings ({config.model.max_position_embeddings}) "
-                     "positions; shorten it, or raise that key")
+def check_sources(data: DataConfig) -> None:
+    """Refuse sources that cannot make a training and a validation set."""
     if not data.train:
         raise ConfigError("data.train is []: there must be at least one source; leave it out for the default corpus.")
     for key, sources in (("train", data.train), ("valid", data.valid)):
@@ -347,6 +343,15 @@ def _check_data(config: Config) -> None:
                 raise refuse(f"data.{key}[{index}].weight", source.weight, "it must be greater than 0")
     if not 0 <= data.valid_fraction < 1:
         raise refuse("data.valid_fraction", data.valid_fraction, "it must be at least 0 and less than 1")
+
+
+def _check_data(config: Config) -> None:
+    data, chunk = config.data, config.memory_hierarchy.l1.chunk_size
+    if data.sequence_length > config.model.max_position_embeddings:
+        raise refuse("data.sequence_length", data.sequence_length,
+                     f"the model reaches model.max_position_embeddings ({config.model.max_position_embeddings}) "
+                     "positions; shorten it, or raise that key")
+    check_sources(data)
     if not data.valid and data.valid_fraction == 0:
         raise refuse("data.valid_fraction", data.valid_fraction,
                      "data.valid is empty, so nothing would be held out; raise it, or name sources in data.valid")

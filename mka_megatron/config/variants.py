@@ -29,9 +29,14 @@ def block_core(config: Config) -> bool:
     return config.attention.variant in ALWAYS_BLOCK or config.attention.core == "block"
 
 
+def gated(config: Config) -> bool:
+    """Routes queries over memory levels; the others are attention as the model has it."""
+    return config.attention.variant in GATED
+
+
 def recalls(config: Config) -> bool:
     """Offers recalled chunks (L3)."""
-    return config.attention.variant in GATED and config.memory_hierarchy.l3.enabled
+    return gated(config) and config.memory_hierarchy.l3.enabled
 
 
 def fuses(config: Config) -> bool:

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"memory", "config"},
     "data": {"memory", "config"},
     "evaluation": {"memory", "config", "data"},
-    "hf": {"attention", "ops", "memory", "config"},
+    "hf": {"attention", "ops", "memory", "config", "data"},
     "model": {"attention", "parallel", "files", "ops", "memory", "config"},
     "inference": {"model", "attention", "parallel", "ops", "memory", "config"},
     "conversion": {"training", "model", "files", "attention", "ops", "memory", "config"},

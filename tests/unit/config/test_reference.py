@@ -8,9 +8,11 @@ from typing import Any
 
 from mka_megatron.config import reference
 from mka_megatron.config.fields import item_type, type_hints
+from mka_megatron.config.fine_tune import FineTuneConfig
 from mka_megatron.config.schema import Config
 
 PAGE = Path(__file__).parents[3] / "docs/configuration.md"
+FINE_TUNING = PAGE.with_name("fine_tuning.md")
 
 
 def every_key(section: Any = Config, prefix: str = "") -> list[str]:
@@ -41,3 +43,12 @@ def test_the_page_is_current() -> None:
 def test_the_page_has_a_row_for_every_field() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     assert sorted(row.split("`")[1] for row in rows) == sorted(every_key())
+
+
+def test_fine_tuning_is_explained_too() -> None:
+    keys = [name for name, hint in type_hints(FineTuneConfig).items() if not dataclasses.is_dataclass(hint)]
+    text = FINE_TUNING.read_text()
+    assert text == reference.fine_tune_markdown(), (
+        "run: python -m mka_megatron.config.reference fine-tune > docs/fine_tuning.md")
+    for key in [*keys, "model.init_from"]:
+        assert f"| `{key}` |" in text and f"  {key} (" in reference.fine_tune_help()

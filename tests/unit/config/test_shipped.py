@@ -10,16 +10,26 @@ import pytest
 import yaml
 
 from mka_megatron.config.fields import annotation_at, kind, type_hints
+from mka_megatron.config.fine_tune import load_fine_tune
 from mka_megatron.config.load import ConfigError, load_config
 from mka_megatron.config.schema import Config, RopeConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FINE_TUNING = sorted(CONFIGS.glob("*_fastmka.yaml"))
+FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set(FINE_TUNING))
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(f.relative_to(CONFIGS)) for f in FILES])
 def test_every_file_loads(path: Path) -> None:
     load_config(path)
+
+
+@pytest.mark.parametrize("path", FINE_TUNING, ids=[f.stem for f in FINE_TUNING])
+def test_every_fine_tuning_file_loads(path: Path) -> None:
+    config = load_fine_tune(path, world_size=8)
+    assert (config.attention.variant, config.adam_beta1, config.adam_beta2) == ("fastmka", 0.9, 0.999)
+    assert 1e-5 <= config.learning_rate <= 5e-5 and 2 <= config.batch_size <= 4 and config.precision == "bf16"
+    assert {"tp_size", "seed", "warmup_steps", "deterministic"} <= yaml.safe_load(path.read_text()).keys()
 
 
 @pytest.mark.parametrize(("name", "world_size"), [("tiny", 1), ("tiny-256k", 1), ("qwen2.5-7b", 8), ("qwen2.5-14b", 8), ("llama-3.1-8b", 8)])
