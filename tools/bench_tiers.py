@@ -2,10 +2,11 @@
 
     python tools/bench_tiers.py --directory /mnt/nvme/spill [--gib 2] [--repeats 5] [--json out.json]
 
-The peer is a bare loop over `aio_handle`, what DeepSpeed's ds_io times, with O_DIRECT, the same block size and queue
-depth, operations as large as the store's and a file whose space is claimed beforehand. Store and peer take turns,
-figures are medians, and the data are larger than the store's host memory many times over. The store packs, seals,
-verifies and copies every page besides; its bytes are those of whole records.
+The peer is a bare loop over `aio_handle`, what DeepSpeed's ds_io times, with O_DIRECT, as many threads as the store has
+and operations as large, from and to one locked buffer each, on new files whose space both claim while they write. Store
+and peer take turns, figures are medians, and the data are larger than the store's host memory many times over, which
+is full when the time begins. The store packs, seals, verifies and copies every page besides; its bytes are those of
+whole records.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from mka_megatron.config.schema import L3Config, MemoryConfig
-from mka_megatron.memory.tiers import channels, ssd
+from mka_megatron.memory.tiers import channels, ssd, writing
 from mka_megatron.memory.tiers.opening import open_store
 from mka_megatron.memory.tiers.pages import PageKey, PageShape
 from mka_megatron.memory.tiers.store import TierStore
@@ -47,7 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     shape = PageShape(options.chunk, options.head_dim, torch.bfloat16, 1)
-    record = shape.record_bytes(channels.ALIGNMENT)
+    record = shape.record_bytes(writing.ALIGNMENT)
     pages = int(options.gib * (1 << 30)) // record // BATCH * BATCH
     turns = []
     for turn in range(options.repeats):
@@ -91,8 +92,11 @@ def store(folder: Path, shape: PageShape, count: int, options: argparse.Namespac
     rest = (torch.full((BATCH,), shape.chunk_size), k[:, 0], v[:, 0], torch.zeros(BATCH, 1, dtype=torch.int64))
     keys = [PageKey(0, 0, 0, 0, chunk) for chunk in range(count)]
     with open_store(memory, shape, "bench", 0, torch.device("cpu"), options.backend) as pages:
-        begin = time.perf_counter()
+        full = int(options.dram_gib * (1 << 30)) // shape.record_bytes(writing.ALIGNMENT)
         for first in range(0, count, BATCH):
+            if first <= full:
+                pages.reset_statistics()
+                begin = time.perf_counter()
             pages.put(keys[first : first + BATCH], k, v, *rest)
         found = {"store write": pages.statistics().written_bytes / (time.perf_counter() - begin) / 1e9}
         found["store read in order"] = read(pages, keys)
@@ -113,11 +117,10 @@ def read(pages: TierStore, keys: list[PageKey]) -> float:
 
 def peer(folder: Path, record: int, count: int) -> dict[str, float]:
     """GB/s of bare handles: as many, and with operations as large, as the store uses."""
-    channels.factory("aio", folder, channels.ALIGNMENT)
-    operations, _ = channels._deepspeed()
+    operations, reason = channels._deepspeed()
+    if operations is None:
+        raise SystemExit(f"the peer needs DeepSpeed's aio: {reason}.")
     path = folder / "peer"
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, count * record)
     large = ssd.WRITE_BYTES // record * record
     middle = ssd.READ_BYTES // record * record
     at_random = list(range(count))
@@ -129,13 +132,13 @@ def peer(folder: Path, record: int, count: int) -> dict[str, float]:
         ),
         "peer read at random": (ssd.READERS, record, [(number * record, "pread") for number in at_random]),
     }  # fmt: skip
-    found = {name: loop(operations, path, *plan) for name, plan in plans.items()}
+    found = {name: loop(operations, path, count * record, *plan) for name, plan in plans.items()}
     path.unlink()
     return found
 
 
-def loop(operations: object, path: Path, handles: int, size: int, work: list[tuple[int, str]]) -> float:
-    """GB/s of `work` shared out to threads with a handle and a buffer each."""
+def loop(operations: object, path: Path, space: int, handles: int, size: int, work: list[tuple[int, str]]) -> float:
+    """GB/s of `work` on a file of `space` bytes shared out to threads with a handle and a buffer each."""
     made = [operations.aio_handle(1 << 20, 32, False, True, 1) for _ in range(handles)]  # type: ignore[attr-defined]
     buffers = [handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8)).fill_(7) for handle in made]
 
@@ -146,8 +149,12 @@ def loop(operations: object, path: Path, handles: int, size: int, work: list[tup
             if moves[kind](buffers[number], str(path), offset) != 1:
                 raise SystemExit(f"{kind} at {offset} of {path} failed")
 
+    # two threads that come together to a process's first write wait for each other for ever
+    made[0].sync_pwrite(buffers[0], str(path.with_name("first")), 0)
     with ThreadPoolExecutor(handles) as threads:
         begin = time.perf_counter()
+        with open(path, "ab") as file:
+            os.posix_fallocate(file.fileno(), 0, space)
         list(threads.map(part, range(handles)))
         seconds = time.perf_counter() - begin
     for handle, buffer in zip(made, buffers, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -22,9 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
-from mka_megatron.memory.tiers import channels, ssd
+from mka_megatron.memory.tiers import channels, ssd, writing
 from mka_megatron.memory.tiers.channels import Channel, Stretch
 from mka_megatron.memory.tiers.pages import PageKey, Seal, TierError
 from mka_megatron.memory.tiers.store import TierStore
@@ -38,7 +40,7 @@ KILLS = 0.01
 
 
 class Faulty:
-    """A channel that does the next read or write wrong when it is told to; shared: what to do, by all channels."""
+    """A channel that does the next read wrong when it is told to; shared: what to do, by all channels and writes."""
 
     def __init__(self, channel: Channel, shared: dict[str, str], dice: random.Random) -> None:
         self.buffer = channel.buffer
@@ -51,7 +53,7 @@ class Faulty:
             return self._channel.read(stretches)
         struck = self._dice.randrange(len(stretches))
         begin = sum(stretch.size for stretch in stretches[:struck])
-        count = stretches[struck].count
+        count = stretches[struck].size
         before = self.buffer[begin : begin + count].clone()
         problems = self._channel.read(stretches)
         if fault == "fails":
@@ -62,21 +64,28 @@ class Faulty:
             self.buffer[begin : begin + count] = before
         return problems
 
-    def write(self, stretches: Sequence[Stretch]) -> None:
-        """Or one of them not, or with a bit flipped."""
-        fault = self._shared.pop("write", None)
-        if fault == "fails":
-            raise OSError(errno.EIO, "Input/output error")
-        place = self._dice.randrange(sum(stretch.size for stretch in stretches))
-        flip = 1 << self._dice.randrange(8) if fault == "flips a bit" else 0
-        self.buffer[place] ^= flip
-        if fault != "does nothing":
-            self._channel.write(stretches)
-        self.buffer[place] ^= flip
-
     def close(self) -> None:
         """As the channel's."""
         self._channel.close()
+
+
+def faulty_write(real: Callable[..., None], shared: dict[str, str], dice: random.Random) -> Callable[..., None]:
+    """`writing.write`, which does the next one wrong when `shared` says how."""
+
+    def write(path: Path, offset: int, records: Sequence[np.ndarray], direct: bool) -> None:
+        fault = shared.pop("write", None)
+        if fault == "fails":
+            raise OSError(errno.EIO, "Input/output error")
+        if fault == "flips a bit":
+            # a copy, which begins on a memory page: others read the records
+            copy = np.frombuffer(mmap.mmap(-1, sum(map(len, records))), dtype=np.uint8)
+            np.concatenate(records, out=copy)
+            copy[dice.randrange(len(copy))] ^= 1 << dice.randrange(8)
+            records = [copy]
+        if fault != "does nothing":
+            real(path, offset, records, direct)
+
+    return write
 
 
 class Drill:
@@ -87,11 +96,12 @@ class Drill:
         self.shared: dict[str, str] = {}
         real = channels.factory
 
-        def factory(*arguments: object) -> tuple[str, Callable[[int], Channel]]:
-            chosen, make = real(*arguments)  # type: ignore[arg-type]
-            return chosen, lambda size: Faulty(make(size), self.shared, random.Random(dice.random()))  # noqa: S311
+        def factory(*arguments: object) -> tuple[str, bool, Callable[[int], Channel]]:
+            chosen, direct, make = real(*arguments)  # type: ignore[arg-type]
+            return chosen, direct, lambda size: Faulty(make(size), self.shared, random.Random(dice.random()))  # noqa: S311
 
-        with mock.patch.object(channels, "factory", factory):
+        write = faulty_write(writing.write, self.shared, random.Random(dice.random()))  # noqa: S311
+        with mock.patch.object(channels, "factory", factory), mock.patch.object(writing, "write", write):
             self.pages: TierStore = store(directory, ROWS, SLOTS, when_full=when_full, backend=backend)
         self.given: dict[PageKey, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self.sequence = 0

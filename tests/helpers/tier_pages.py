@@ -17,7 +17,7 @@ from mka_megatron.memory.tiers.store import TierStore
 CPU = torch.device("cpu")
 SMALL = PageShape(chunk_size=8, head_dim=6, dtype=torch.float32, signature_words=2)
 RECORD = SMALL.record_bytes(4096)
-IO_BUFFERS = ssd.WRITERS + ssd.READERS
+IO_BUFFERS = ssd.READERS
 """Of one page each, when host memory is this small."""
 GIB = 1 << 30
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _SLAB_BYTES = 16 << 20
+_PAGE_BYTES = 4096
 
 
 class Pool:
@@ -47,7 +48,12 @@ class Pool:
         if self._fresh == self.capacity:
             return None
         if self._fresh == len(self._slabs) * self._per_slab:
-            slab = self.empty(self._per_slab, self.row_bytes)
+            # direct I/O asks for rows that begin on a memory page, if their size lets them
+            memory = self.empty(1, self._per_slab * self.row_bytes + _PAGE_BYTES)[0]
+            begin = -memory.data_ptr() % _PAGE_BYTES
+            slab = memory[begin : begin + self._per_slab * self.row_bytes].view(
+                self._per_slab, self.row_bytes
+            )
             self._slabs.append(slab)
             if self._device.type == "cpu":
                 self._arrays.append(slab.numpy())
@@ -58,13 +64,13 @@ class Pool:
         """`row` may be handed out again."""
         self._returned.append(row)
 
-    def runs(self, rows: list[int]) -> Iterator[tuple[slice, np.ndarray]]:
-        """`rows` as uint8 [n, row_bytes], the rows themselves, consecutive ones together, each with which of `rows`
-        they are; host memory only."""
+    def runs(self, rows: list[int], longest: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """`rows` as uint8 [n, row_bytes], the rows themselves, consecutive ones together, up to `longest`, each with
+        which of `rows` they are; host memory only."""
         begin = 0
         while begin < len(rows):
             slab, index = divmod(rows[begin], self._per_slab)
-            most = min(len(rows) - begin, self._per_slab - index)
+            most = min(len(rows) - begin, self._per_slab - index, longest or len(rows))
             count = 1
             while count < most and rows[begin + count] == rows[begin] + count:
                 count += 1

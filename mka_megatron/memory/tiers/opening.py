@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,12 +11,13 @@ from pathlib import Path
 import torch
 
 from mka_megatron.config.schema import MemoryConfig
-from mka_megatron.memory.tiers import channels, ssd
-from mka_megatron.memory.tiers.channels import ALIGNMENT, Backend
+from mka_megatron.memory.tiers import channels, ssd, writing
+from mka_megatron.memory.tiers.channels import Backend
 from mka_megatron.memory.tiers.dram import Pool
 from mka_megatron.memory.tiers.ownership import Ownership
 from mka_megatron.memory.tiers.pages import PageShape, Seal, TierError
 from mka_megatron.memory.tiers.store import TierStore
+from mka_megatron.memory.tiers.writing import ALIGNMENT
 
 _GIB = 1 << 30
 _LEAST_ROWS = 4
@@ -60,12 +62,12 @@ def open_store(
                 raise TierError(
                     "memory_hierarchy.ssd_spill_path is null: name a directory for the pages on the SSD."
                 )
-            buffers = _buffers(dram_bytes, record_bytes)
+            buffer_bytes = _buffer(dram_bytes, record_bytes)
             if dram_bytes is not None:
-                dram_bytes -= ssd.WRITERS * buffers[0] + ssd.READERS * buffers[1]
+                dram_bytes -= ssd.READERS * buffer_bytes
             limit = None if l3.ssd_pool_gib is None else int(l3.ssd_pool_gib * _GIB) // record_bytes
             disk, close = _disk(
-                memory.ssd_spill_path, run, rank, limit, record_bytes, seal, backend, buffers, on_failure
+                memory.ssd_spill_path, run, rank, limit, record_bytes, seal, backend, buffer_bytes, on_failure
             )
         dram_rows = None if dram_bytes is None else dram_bytes // record_bytes
         if dram_rows is not None and dram_rows < _LEAST_ROWS:
@@ -80,15 +82,15 @@ def open_store(
 
 def _disk(
     path: str, run: str, rank: int, limit: int | None, record_bytes: int, seal: Seal, backend: Backend,
-    buffers: tuple[int, int], on_failure: ExitStack,
+    buffer_bytes: int, on_failure: ExitStack,
 ) -> tuple[ssd.Disk, Callable[[], None]]:  # fmt: skip
     try:
         ownership = Ownership(Path(path), run, rank)
         on_failure.callback(ownership.close)
-        locked = ssd.WRITERS * (buffers[0] + ALIGNMENT) + ssd.READERS * (buffers[1] + ALIGNMENT)
-        chosen, channel = channels.factory(backend, ownership.folder, locked)
+        chosen, direct, channel = channels.factory(backend, ownership.folder, ssd.READERS * buffer_bytes)
+        write = functools.partial(writing.write, direct=direct)
         segments = ssd.Segments(ownership.folder, record_bytes, limit)
-        disk = ssd.Disk(segments, record_bytes, seal, channel, buffers)
+        disk = ssd.Disk(segments, record_bytes, seal, channel, buffer_bytes, write)
     except OSError as error:
         raise TierError(
             f"memory_hierarchy.ssd_spill_path is {path}: the directory cannot be used ({error})."
@@ -97,12 +99,10 @@ def _disk(
     return disk, ownership.close
 
 
-def _buffers(dram_bytes: int | None, record_bytes: int) -> tuple[int, int]:
-    """Bytes of a write and of a read buffer: whole records, together at most about a quarter of host memory."""
-    write, read = ssd.WRITE_BYTES, ssd.READ_BYTES
-    if dram_bytes is not None:
-        write, read = min(write, dram_bytes // (8 * ssd.WRITERS)), min(read, dram_bytes // (8 * ssd.READERS))
-    return tuple(max(1, size // record_bytes) * record_bytes for size in (write, read))  # type: ignore[return-value]
+def _buffer(dram_bytes: int | None, record_bytes: int) -> int:
+    """Bytes of a reader's buffer: whole records, together at most about an eighth of host memory."""
+    size = ssd.READ_BYTES if dram_bytes is None else min(ssd.READ_BYTES, dram_bytes // (8 * ssd.READERS))
+    return max(1, size // record_bytes) * record_bytes
 
 
 def _full(memory: MemoryConfig) -> str:

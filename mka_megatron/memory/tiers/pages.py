@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
+
+from mka_megatron.memory.tiers.checksum import checksum, digest
 
 _MAGIC = b"MKA page"
 _FORMAT = 1
@@ -104,7 +105,7 @@ class Seal:
 
     def __init__(self, shape: PageShape, run: str, rank: int) -> None:
         self._used = shape.used_bytes
-        self._owner = xxhash.xxh3_128_digest(f"{run}/{rank}/{shape}".encode())
+        self._owner = digest(f"{run}/{rank}/{shape}")
 
     def close(self, record: memoryview, key: PageKey, tokens: int) -> None:
         """Put header, padding and checksums around the payload in `record`, the bytes of one."""
@@ -113,9 +114,9 @@ class Seal:
             key.generation, key.sequence, key.chunk, key.layer, key.head,
         )  # fmt: skip
         record[self._used : -_CHECKSUM.size] = bytes(len(record) - _CHECKSUM.size - self._used)
-        checksum = self._checksum(record)
-        _CHECKSUM.pack_into(record, 0, checksum)
-        _CHECKSUM.pack_into(record, len(record) - _CHECKSUM.size, checksum)
+        proof = self._proof(record)
+        _CHECKSUM.pack_into(record, 0, proof)
+        _CHECKSUM.pack_into(record, len(record) - _CHECKSUM.size, proof)
 
     def problem(self, record: memoryview, key: PageKey) -> str | None:
         """Why `record` is not the page `key` as it was closed; None: it is."""
@@ -124,15 +125,15 @@ class Seal:
         )
         if magic != _MAGIC:
             return "holds no page there"
-        if _CHECKSUM.unpack_from(record)[0] != self._checksum(record):
+        if _CHECKSUM.unpack_from(record)[0] != self._proof(record):
             return "is damaged there: the checksum is another"
         if version != _FORMAT or owner != self._owner or used != self._used:
             return "holds a page of another run, rank or shape there"
         found = PageKey(generation, sequence, layer, head, chunk)
         return None if found == key else f"holds the {found} there"
 
-    def _checksum(self, record: memoryview) -> int:
-        return xxhash.xxh3_64_intdigest(record[_CHECKSUM.size : self._used])
+    def _proof(self, record: memoryview) -> int:
+        return checksum(record[_CHECKSUM.size : self._used])
 
 
 def as_bytes(shape: PageShape, values: dict[str, Tensor]) -> list[tuple[int, int, np.ndarray]]:

@@ -21,6 +21,9 @@ from mka_megatron.memory.tiers.pages import PageKey, TierError
 from mka_megatron.memory.tiers.ssd import Disk, Slot
 from mka_megatron.memory.tiers.statistics import TierStatistics
 
+_CACHED_PAGES = 8
+"""Copied before they are hashed: a processor's cache holds them."""
+
 
 @dataclass(eq=False, slots=True)
 class Page:
@@ -114,9 +117,13 @@ class Paging:
             elif not self._start_writing():
                 return 0
             rows = self._rows(len(keys))
-        for places, memory in self._dram.runs(rows):
+        for places, memory in self._dram.runs(rows, longest=_CACHED_PAGES):
             for begin, end, values in fields:
                 memory[:, begin:end] = values[places]
+            if self._disk is not None:
+                # here rather than by the threads that write: hashing keeps the interpreter, which they would fight for
+                for key, count, record in zip(keys[places], tokens[places], memory, strict=True):
+                    self._disk.seal.close(record.data, key, count)
         for key, count, row in zip(keys, tokens, rows, strict=False):
             self.pages[key] = self._dirty[key] = Page(key, count, row)
         return len(rows)
@@ -274,17 +281,9 @@ class Paging:
             pages = [self._dirty.popitem(last=False)[1] for _ in slots]
             for page in pages:
                 page.writing = True
-            self._writes.append(_Write(self._write(pages, slots), pages, slots))
+            rows = [self._dram.row(page.row) for page in pages]  # type: ignore[arg-type]
+            self._writes.append(_Write(self._disk.write(rows, slots), pages, slots))
         return len(slots)
-
-    def _write(self, pages: list[Page], slots: list[Slot]) -> Future[None]:
-        rows = [page.row for page in pages]
-
-        def copy(records: np.ndarray) -> None:
-            for places, memory in self._dram.runs(rows):  # type: ignore[arg-type]
-                records[places] = memory
-
-        return self._disk.write([(page.key, page.tokens) for page in pages], slots, copy)  # type: ignore[union-attr]
 
     def _start_reading(self, wanted: list[Page], loose: int) -> int:
         """Start to read pages from the disk, into rows and up to `loose` into memory of their own.

@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mka_megatron.memory.tiers.channels import ALIGNMENT, Channel, Stretch
+from mka_megatron.memory.tiers.channels import Channel, Stretch
 from mka_megatron.memory.tiers.pages import PageKey, Seal, TierError
+from mka_megatron.memory.tiers.writing import ALIGNMENT
 
 SEGMENT_BYTES = 64 << 20
-WRITERS = 4
+WRITERS = 8
 READERS = 8
 WRITE_BYTES = 4 << 20
 READ_BYTES = 2 << 20
@@ -129,7 +130,10 @@ class Segments:
 class Disk:
     """Background reads and writes of sealed pages in `segments`.
 
-    channel: makes a channel with a buffer of so many bytes.
+    Args:
+        channel: makes a channel with a buffer of so many bytes.
+        buffer_bytes: of each channel, whole records.
+        write: what `writing.write` does, for this disk.
     """
 
     def __init__(
@@ -138,29 +142,25 @@ class Disk:
         record_bytes: int,
         seal: Seal,
         channel: Callable[[int], Channel],
-        buffers: tuple[int, int],
+        buffer_bytes: int,
+        write: Callable[[Path, int, list[np.ndarray]], None],
     ) -> None:
         self.segments = segments
-        self.write_pages, self.read_pages = (max(1, size // record_bytes) for size in buffers)
+        self.write_pages, self.read_pages = max(1, WRITE_BYTES // record_bytes), buffer_bytes // record_bytes
         self._record_bytes = record_bytes
-        self._seal = seal
-        self._writing, self._write_threads = _streams(
-            channel, WRITERS, self.write_pages * record_bytes, "page-write"
-        )
-        self._reading, self._read_threads = _streams(
-            channel, READERS, self.read_pages * record_bytes, "page-read"
-        )
+        self.seal, self._write_records = seal, write
+        self._reading: queue.SimpleQueue[Channel] = queue.SimpleQueue()
+        for _ in range(READERS):
+            self._reading.put(channel(buffer_bytes))
+        self._write_threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="page-write")
+        self._read_threads = ThreadPoolExecutor(READERS, thread_name_prefix="page-read")
 
-    def write(
-        self, pages: list[tuple[PageKey, int]], slots: list[Slot], copy: Callable[[np.ndarray], None]
-    ) -> Future[None]:
-        """Write `pages`, keys and tokens, to `slots`, in ascending order and at most `write_pages`.
-
-        copy: called by a thread, puts their payloads into uint8 [P, record bytes].
+    def write(self, records: list[np.ndarray], slots: list[Slot]) -> Future[None]:
+        """Write `records`, sealed, uint8 [record bytes] each, which must not change until the result is there.
 
         The result comes when the pages are known to be on the disk; raises OSError.
         """
-        return self._write_threads.submit(self._write, pages, slots, copy)
+        return self._write_threads.submit(self._write, records, slots)
 
     def read(
         self, keys: list[PageKey], slots: list[Slot], records: list[np.ndarray]
@@ -192,26 +192,13 @@ class Disk:
         """Wait for what is under way and end the threads."""
         for threads in (self._write_threads, self._read_threads):
             threads.shutdown(cancel_futures=True)
-        for channels in (self._writing, self._reading):
-            while not channels.empty():
-                channels.get().close()
+        while not self._reading.empty():
+            self._reading.get().close()
 
-    def _write(
-        self, pages: list[tuple[PageKey, int]], slots: list[Slot], copy: Callable[[np.ndarray], None]
-    ) -> None:
-        channel = self._writing.get()
-        try:
-            records = self._records(channel)[: len(pages)]
-            copy(records)
-            for record, (key, tokens) in zip(records, pages, strict=True):
-                self._seal.close(record.data, key, tokens)
-            stretches = [self._stretch(run, len(run.places)) for run in self.segments.runs(slots, len(slots))]
-            for path, offset, size in stretches:
-                if path.stat().st_size < offset + size:
-                    raise OSError(f"{path} has been cut short")
-            channel.write(stretches)
-        finally:
-            self._writing.put(channel)
+    def _write(self, records: list[np.ndarray], slots: list[Slot]) -> None:
+        for run in self.segments.runs(slots, self.write_pages):
+            path, offset, _ = self._stretch(run, len(run.places))
+            self._write_records(path, offset, [records[place] for place in run.places])
 
     def _read(self, part: list[Run], into: list[tuple[PageKey, np.ndarray]]) -> list[TierError | None]:
         """`into`: keys and memory of the runs' pages, one run behind the other."""
@@ -236,7 +223,7 @@ class Disk:
             for stretch, places, error in zip(stretches, arriving, channel.read(stretches), strict=True):
                 for place, record in zip(places, rows, strict=False):
                     key, page = into[place]
-                    problem = f"cannot be read ({error})" if error else self._seal.problem(record.data, key)
+                    problem = f"cannot be read ({error})" if error else self.seal.problem(record.data, key)
                     if problem is None:
                         page[:] = record
                     else:
@@ -268,12 +255,3 @@ class Disk:
 
 def _broken(key: PageKey, path: Path, problem: str) -> TierError:
     return TierError(f"the {key} is lost: {path} {problem}.")
-
-
-def _streams(
-    channel: Callable[[int], Channel], count: int, buffer_bytes: int, name: str
-) -> tuple[queue.SimpleQueue[Channel], ThreadPoolExecutor]:
-    channels: queue.SimpleQueue[Channel] = queue.SimpleQueue()
-    for _ in range(count):
-        channels.put(channel(buffer_bytes))
-    return channels, ThreadPoolExecutor(count, thread_name_prefix=name)

@@ -1,50 +1,21 @@
-"""Channels move bytes or say that they did not, whatever DeepSpeed's handle claims."""
+"""Reads and writes move bytes or say that they did not, whatever the system claims."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mka_megatron.memory.tiers import channels
-from mka_megatron.memory.tiers.channels import ALIGNMENT, AioChannel, Channel, PlainChannel, Stretch, factory
+from mka_megatron.memory.tiers.channels import Channel, PlainChannel, Stretch, factory
+from mka_megatron.memory.tiers.writing import ALIGNMENT, write
 
 PAGE = ALIGNMENT
-
-
-class Handle:
-    """DeepSpeed's interface; `lies` says how its write fails while it reports success, as it was seen to."""
-
-    def __init__(self, lies: str) -> None:
-        self.lies = lies
-        self.written: list[str] = []
-
-    def aio_handle(self, *_: object) -> Handle:
-        return self
-
-    def new_cpu_locked_tensor(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(count, dtype=like.dtype)
-
-    def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
-        return True
-
-    def sync_pwrite(self, buffer: torch.Tensor, path: str, offset: int) -> int:
-        kept = {"": len(buffer), "nothing": 0, "half": len(buffer) // 2, "refused": 0}[self.lies]
-        self.written.append(path)
-        with open(path, "r+b") as file:
-            file.seek(offset)
-            file.write(buffer[:kept].numpy().tobytes())
-        return -1 if self.lies == "refused" else 1
-
-    def sync_pread(self, buffer: torch.Tensor, path: str, offset: int) -> int:
-        data = bytearray(Path(path).read_bytes()[offset : offset + len(buffer)])
-        if not data:
-            return -1
-        buffer[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
-        return 1
 
 
 @pytest.fixture
@@ -54,46 +25,102 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("lies", ["nothing", "half", "refused"])
-@pytest.mark.parametrize("offset", [0, 12 * PAGE, 16 * PAGE])
-def test_a_write_that_does_not_arrive_is_an_error(file: Path, lies: str, offset: int) -> None:
-    channel = AioChannel(4 * PAGE, Handle(lies))
-    channel.buffer.fill_(7)
-    with pytest.raises(OSError, match=f"at {offset}"):
-        channel.write([Stretch(file, offset, 4 * PAGE)])
+def lying(kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that writes a part of what it says."""
+    real = os.pwritev
+
+    def pwritev(file: int, parts: list[memoryview], offset: int) -> int:
+        whole = sum(map(len, parts))
+        if kept:
+            real(file, [parts[0][: int(kept * len(parts[0]))]], offset)
+        return whole
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
 
 
-def test_a_write_that_arrives_is_none(file: Path) -> None:
-    channel = AioChannel(4 * PAGE, Handle(""))
-    channel.buffer.fill_(7)
-    channel.write([Stretch(file, 8 * PAGE, 4 * PAGE)])
-    assert file.read_bytes() == bytes(8 * PAGE) + bytes([7]) * 4 * PAGE + bytes(4 * PAGE)
+def record(pages: int, value: int) -> np.ndarray:
+    """uint8 [pages * PAGE] on a memory page."""
+    memory = np.frombuffer(mmap.mmap(-1, pages * PAGE), dtype=np.uint8)
+    memory[:] = value
+    return memory
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+@pytest.mark.parametrize("offset", [0, 12 * PAGE])
+def test_a_write_that_does_not_arrive_is_an_error(
+    file: Path, kept: float, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lying(kept, monkeypatch)
+    with pytest.raises(OSError, match=f"written at {offset} are not there when read back"):
+        write(file, offset, [record(4, 7)], True)
+
+
+@pytest.mark.parametrize("offset", [13 * PAGE, 16 * PAGE])
+def test_a_write_does_not_lengthen_a_file(file: Path, offset: int) -> None:
+    with pytest.raises(OSError, match="has been cut short"):
+        write(file, offset, [record(4, 7)], True)
+    assert file.read_bytes() == bytes(16 * PAGE)
+
+
+def test_a_write_makes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "missing", 0, [record(1, 7)], True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_plain_reads_and_writes(file: Path, direct: bool) -> None:
+def test_records_are_written_one_behind_the_other(file: Path, direct: bool) -> None:
+    write(file, 8 * PAGE, [record(2, 7), record(1, 8), record(1, 9)], direct)
+    wanted = bytes([7]) * 2 * PAGE + bytes([8]) * PAGE + bytes([9]) * PAGE
+    assert file.read_bytes() == bytes(8 * PAGE) + wanted + bytes(4 * PAGE)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_short_write_goes_on(file: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwritev
+
+    def pwritev(file: int, parts: list[memoryview], offset: int) -> int:
+        """At most so many pages, in the middle of a record too."""
+        cut, left = [], most * PAGE
+        for part in parts:
+            cut.append(part[:left])
+            left -= len(cut[-1])
+        return real(file, [part for part in cut if len(part)], offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    write(file, 0, [record(2, 7), record(3, 8), record(1, 9)], True)
+    wanted = bytes([7]) * 2 * PAGE + bytes([8]) * 3 * PAGE + bytes([9]) * PAGE
+    assert file.read_bytes() == wanted + bytes(10 * PAGE)
+
+
+@pytest.mark.parametrize("moved", [0, 100])
+def test_a_write_that_stops_is_an_error(file: Path, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwritev", lambda *_: moved)
+    with pytest.raises(OSError, match=f"only {moved} of {4 * PAGE} bytes written at {PAGE}"):
+        write(file, PAGE, [record(4, 7)], True)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_plain_reads(file: Path, direct: bool) -> None:
     check_stretches(PlainChannel(4 * PAGE, direct), file)
 
 
-def test_aio_reads_and_writes(file: Path, aio: str | None) -> None:
+def test_aio_reads(file: Path, aio: str | None) -> None:
     if aio is not None:
         pytest.skip(aio)
-    channel = factory("aio", file.parent, PAGE)[1](4 * PAGE)
+    channel = factory("aio", file.parent, PAGE)[2](4 * PAGE)
     check_stretches(channel, file)
     channel.close()
 
 
 def check_stretches(channel: Channel, file: Path) -> None:
-    """They lie in the buffer one behind the other, and are told of one by one."""
+    """They arrive one behind the other, and are told of one by one."""
     other = file.with_name("other")
-    other.write_bytes(bytes(2 * PAGE))
     stretches = [Stretch(file, 8 * PAGE, 2 * PAGE), Stretch(other, PAGE, PAGE), Stretch(file, 0, PAGE)]
     wanted = torch.arange(4 * PAGE).mul(7).remainder(251).byte()
-    channel.buffer.copy_(wanted)
-    channel.write(stretches)
     first, second, third = wanted.split([2 * PAGE, PAGE, PAGE])
-    assert file.read_bytes() == bytes(third) + bytes(7 * PAGE) + bytes(first) + bytes(6 * PAGE)
-    assert other.read_bytes() == bytes(PAGE) + bytes(second)
+    file.write_bytes(bytes(third) + bytes(7 * PAGE) + bytes(first) + bytes(6 * PAGE))
+    other.write_bytes(bytes(PAGE) + bytes(second))
     channel.buffer.zero_()
     assert channel.read(stretches) == [None, None, None] and channel.buffer.equal(wanted)
     channel.buffer.zero_()
@@ -104,15 +131,6 @@ def check_stretches(channel: Channel, file: Path) -> None:
     assert channel.read([]) == []
 
 
-def test_plain_goes_on_after_a_short_write(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwritev
-    monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: real(fd, [parts[0][:PAGE]], offset))
-    channel = PlainChannel(4 * PAGE, True)
-    channel.buffer.fill_(9)
-    channel.write([Stretch(file, 0, 4 * PAGE)])
-    assert file.read_bytes()[: 4 * PAGE] == bytes([9]) * 4 * PAGE
-
-
 def test_plain_says_that_a_file_has_ended(file: Path) -> None:
     whole, cut = PlainChannel(5 * PAGE, True).read([Stretch(file, 0, PAGE), Stretch(file, 15 * PAGE, 4 * PAGE)])
     assert whole is None and f"only {PAGE} of {4 * PAGE} bytes" in str(cut)
@@ -120,28 +138,10 @@ def test_plain_says_that_a_file_has_ended(file: Path) -> None:
 
 def test_plain_where_libaio_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "_deepspeed", lambda: (None, "libaio's header is missing"))
-    chosen, channel = factory("auto", tmp_path, PAGE)
-    assert chosen == "preadv/pwritev with O_DIRECT: libaio's header is missing"
+    chosen, _, channel = factory("auto", tmp_path, PAGE)
+    assert chosen == "preadv with O_DIRECT: libaio's header is missing"
     assert isinstance(channel(PAGE), PlainChannel)
     with pytest.raises(OSError, match="libaio's header is missing"):
-        factory("aio", tmp_path, PAGE)
-    assert not list(tmp_path.iterdir())
-
-
-def test_deepspeed_writes_first_where_no_other_thread_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two first writes at once never end."""
-    handle = Handle("")
-    monkeypatch.setattr(channels, "_deepspeed", lambda: (handle, ""))
-    chosen, _ = factory("auto", tmp_path, PAGE)
-    assert chosen == "DeepSpeed aio" and handle.written == [str(tmp_path / "probe")]
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("lies", ["nothing", "refused"])
-def test_plain_where_deepspeed_does_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lies: str) -> None:
-    monkeypatch.setattr(channels, "_deepspeed", lambda: (Handle(lies), ""))
-    assert "it does not write there" in factory("auto", tmp_path, PAGE)[0]
-    with pytest.raises(OSError, match="it does not write there"):
         factory("aio", tmp_path, PAGE)
     assert not list(tmp_path.iterdir())
 
@@ -171,8 +171,9 @@ def test_a_file_system_without_direct_io(tmp_path: Path, monkeypatch: pytest.Mon
         return real(path, flags, mode)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", without)
-    chosen, channel = factory("auto", tmp_path, PAGE)
-    assert chosen == "preadv/pwritev through the page cache: this file system has no O_DIRECT"
+    chosen, direct, channel = factory("auto", tmp_path, PAGE)
+    assert chosen == "preadv through the page cache: this file system has no O_DIRECT"
     path = tmp_path / "file"
     path.write_bytes(bytes(PAGE))
-    channel(PAGE).write([Stretch(path, 0, PAGE)])
+    write(path, 0, [record(1, 7)], direct)
+    assert channel(PAGE).read([Stretch(path, 0, PAGE)]) == [None] and not direct

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mka_megatron.config.schema import L3Config, MemoryConfig
-from mka_megatron.memory.tiers import ssd
+from mka_megatron.memory.tiers import dram, ssd
 from mka_megatron.memory.tiers.dram import Pool
 from mka_megatron.memory.tiers.opening import open_store
 from mka_megatron.memory.tiers.pages import PageKey, PageShape, TierError
@@ -57,6 +57,15 @@ def test_every_shape_and_type(tmp_path: Path, dtype: torch.dtype, head_dim: int,
     with store(tmp_path, rows=4, shape=shape) as pages:
         given.put_into(pages)
         given.same(pages, given.keys)
+
+
+def test_host_memory_in_several_pieces(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dram, "_SLAB_BYTES", 5 * RECORD)
+    given = content(60)
+    with store(tmp_path, rows=17, backend=backend) as pages:
+        given.put_into(pages)
+        given.same(pages, given.keys[::-1])
+        given.same(pages, given.keys[-16:])
 
 
 def test_everything_comes_back_for_a_checkpoint(tmp_path: Path, backend: str) -> None:
