@@ -225,6 +225,22 @@ def test_the_ops_compile(host: SimpleNamespace) -> None:
     assert_bitwise(torch.autograd.grad(compiled(x)[0], x)[0], torch.autograd.grad(function(x)[0], x)[0])
 
 
+@pytest.mark.usefixtures("host")
+def test_the_operators_are_registered_as_torch_asks() -> None:
+    """Schema, fake implementation and autograd, also for symbolic shapes, as torch.compile uses them."""
+    torch.manual_seed(0)
+    lengths, planes = torch.tensor([[64, 64, 7], [64, 3, 0]]), hashing.planes(0, 2, 64, 64)
+    k, v = (torch.randn(2, 150, 2, 64, requires_grad=True) for _ in range(2))
+    centre = torch.randn(2, 64)
+    torch.library.opcheck(cuda._pool, (k, v, lengths, 64, planes, centre))
+    torch.library.opcheck(cuda._pool, (k, v, lengths, 64, None, None))
+    torch.library.opcheck(cuda._codes, (k.detach(), lengths, 64, planes, centre))
+    q, before = torch.randn(2, 150, 4, 64), recall.fixed_point(torch.randn(2, 16, 2, 64))
+    torch.library.opcheck(cuda._queries, (q, before, lengths, lengths, 64, 2, planes))
+    codes = cuda.codes(k.detach(), lengths, 64, planes)
+    torch.library.opcheck(cuda._select, (codes, codes, torch.zeros_like(lengths), 0, 1, 2, 2))
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70))
 def test_every_query_chunk_is_one_warps(library: ctypes.CDLL, batch: int, groups: int, count: int) -> None:

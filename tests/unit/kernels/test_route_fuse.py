@@ -315,3 +315,32 @@ def test_the_operator_is_registered_as_torch_asks(levels: str) -> None:
 
     tensors = (parts("x"), parts("long_term"), parts("decay"), parts("carry"), logits, beta, slots, "soft")
     torch.library.opcheck(cuda._forward, tensors)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.usefixtures("on_host")
+def test_the_fusion_compiles(carried: bool) -> None:
+    """Under torch.compile without a graph break, outputs and gradients alike."""
+    streams, logits, beta = inputs(2, 70, 16, "l2 l3", torch.float32, 2, "group", carried)
+    rows, available = layout("padded", 2, 70), torch.rand(2, 70, 1, 3) < 0.6
+    available[..., 0] = True
+    tensors = [x for s in streams for x in (s.x, s.decay, s.long_term, s.carry) if x is not None]
+
+    def function(logits: Tensor, beta: Tensor, *given: Tensor) -> list[Tensor]:
+        each = len(given) // 2
+        fused, weights = op.route_fuse(
+            [Stream(*(part[0], part[1], part[3] if carried else None, part[2])) for part in (given[:each], given[each:])],
+            logits, beta, rows, available, backend="cuda",
+        )  # fmt: skip
+        return [*(x for pair in fused for x in pair), weights]
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    found, exact = compiled(logits, beta, *tensors), function(logits, beta, *tensors)
+    for one, other in zip(found, exact, strict=True):
+        assert_bitwise(one, other)
+    leaves = [logits, beta, *tensors]
+    upstream = [torch.randn_like(x) for x in exact[:4]]
+    for one, other in zip(
+        torch.autograd.grad(found[:4], leaves, upstream), torch.autograd.grad(exact[:4], leaves, upstream), strict=True
+    ):
+        assert_bitwise(one, other)
