@@ -73,7 +73,7 @@ def tensors(file):
 @pytest.mark.parametrize("name", ["plain-False", "plain-True", "ours-False"])
 @pytest.mark.parametrize("kind", damage.WEIGHTS, ids=lambda kind: kind.__name__)
 def test_damaged_weights(kind, name, models, tmp_path):
-    draw = random.Random(f"{kind.__name__} {name}")
+    draw = random.Random(f"{kind.__name__} {name}")  # noqa: S311
     for _ in range(ROUNDS // 3):
         directory = shutil.copytree(models[name], tmp_path / models[name].name)
         if name.startswith("ours"):
@@ -89,7 +89,7 @@ def test_damaged_weights(kind, name, models, tmp_path):
 @pytest.mark.parametrize("name", ["plain-True", "ours-True"])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", manifest.NAME])
 def test_damaged_json(file, name, models, tmp_path):
-    draw = random.Random(f"{file} {name}")
+    draw = random.Random(f"{file} {name}")  # noqa: S311
     if not (models[name] / file).exists():
         pytest.skip("a plain model has no manifest")
     for _ in range(ROUNDS):
@@ -103,7 +103,7 @@ def test_damaged_json(file, name, models, tmp_path):
 
 @pytest.mark.parametrize("name", ["plain-False", "ours-False"])
 def test_changed_configurations(name, models, tmp_path):
-    draw = random.Random(name)
+    draw = random.Random(name)  # noqa: S311
     for _ in range(2 * ROUNDS):
         directory = shutil.copytree(models[name], tmp_path / models[name].name)
         (directory / manifest.NAME).unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def test_changed_configurations(name, models, tmp_path):
 
 
 def test_every_flipped_bit_is_noticed_where_there_is_a_manifest(models, tmp_path):
-    draw = random.Random(0)
+    draw = random.Random(0)  # noqa: S311
     for _ in range(ROUNDS):
         directory = shutil.copytree(models["ours-True"], tmp_path / "ours-True")
         file = draw.choice(sorted(directory.glob("model-0*.safetensors")))

@@ -78,7 +78,7 @@ ENTRIES = {
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_refuses_damaged_files(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ConfigError, match="x is (damaged|not usable)"):
+    with pytest.raises(ConfigError, match=r"x is (damaged|not usable)"):
         read_header(tmp_path / "x")
 
 
