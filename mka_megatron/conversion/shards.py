@@ -257,10 +257,9 @@ class _Reader:
 
     def _swapped(self, rank: int, partition: int) -> list[_Piece]:
         """tensor-parallel ranks are next to each other, then context-parallel ones, then replicas."""
-        files = self.files.names(rf"deepspeed/swapped-{rank + self.ranks * partition:05d}-\d+\.pt")
-        if not files:
-            missing = f"deepspeed/swapped-{rank + self.ranks * partition:05d}-00000.pt"
-            raise ConfigError(f"checkpoint {self.files.checkpoint.path} has no file {missing}: it is incomplete; export another one.")
+        prefix = f"deepspeed/swapped-{rank + self.ranks * partition:05d}"
+        count = max(1, len(self.files.names(rf"{prefix}-\d+\.pt")))
+        files = [f"{prefix}-{index:05d}.pt" for index in range(count)]
         return [self._all(file, ("master",)) for file in files]
 
     def _recorded(self, model: str) -> list[list[str]]:
