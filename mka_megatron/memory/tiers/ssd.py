@@ -27,7 +27,6 @@ WRITERS = 8
 READERS = 8
 WRITE_BYTES = 4 << 20
 READ_BYTES = 2 << 20
-PART_PAGES = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -173,7 +172,7 @@ class Disk:
         longest = min(self.read_pages, -(-len(slots) // READERS))
         parts, part, size = [], list[Run](), 0
         for run in self.segments.runs(slots, longest):
-            if part and size + len(run.places) > min(longest, PART_PAGES):
+            if part and size + len(run.places) > longest:
                 parts.append(part)
                 part, size = [], 0
             part.append(run)
