@@ -39,7 +39,7 @@ def open_store(
         run: the same on all ranks of a run, another for every run: letters, digits, '.', '_' and '-'.
         rank: of this process among those of the run.
         device: where pages are wanted; on a CPU there are no hot pages.
-        backend: of the SSD tier's files: DeepSpeed's aio, preadv and pwritev, or the first where it works.
+        backend: reads the SSD tier's files: DeepSpeed's aio, preadv, or the first where it works.
 
     Raises:
         TierError: the directory cannot be used or another run uses it, a budget is too small, or `backend` is
