@@ -17,9 +17,9 @@ from mka_megatron.config.validate import validate_attention
 
 SECTIONS = ("attention", "routing", "memory_hierarchy")
 PLACEMENT = (
-    "attention.block_backend", "routing.beta_init", "memory_hierarchy.ssd_spill_path", "memory_hierarchy.l3.placement",
-    "memory_hierarchy.l3.hbm_pool_gib", "memory_hierarchy.l3.dram_pool_gib", "memory_hierarchy.l3.ssd_pool_gib",
-    "memory_hierarchy.l3.when_full",
+    "attention.block_backend", "attention.kernels", "routing.beta_init", "memory_hierarchy.ssd_spill_path",
+    "memory_hierarchy.l3.placement", "memory_hierarchy.l3.hbm_pool_gib", "memory_hierarchy.l3.dram_pool_gib",
+    "memory_hierarchy.l3.ssd_pool_gib", "memory_hierarchy.l3.when_full",
 )
 """Keys of the sections that every run sets for itself: only the start reads them, or they say where things lie."""
 BASE_TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}

@@ -85,7 +85,7 @@ class Layout:
     compaction: Compaction | None
     """From the [B, S] columns to the slots (take) and back (put); None: they are the same."""
 
-    def to(self, device: torch.device | str | int) -> Layout:
+    def to(self, device: torch.device | str) -> Layout:
         """The same layout with its tensors on `device`."""
         documents, compaction = self.documents.to(device), self.compaction
         if compaction is not None:

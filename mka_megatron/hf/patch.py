@@ -42,7 +42,8 @@ def patch_model(model: PreTrainedModel, config: Config, seed: int = 0) -> PreTra
                           "or LlamaForCausalLM.")
     new = _config(model, config)
     run_config(new)  # refuses before anything changes
-    old, base = model.config, model.base_model
+    old = model.config
+    base: Any = model.base_model
     holders: list[Any] = [module for module in model.modules() if getattr(module, "config", None) is old]
     for module in holders:
         module.config = new

@@ -14,7 +14,10 @@ from pathlib import Path
 PACKAGE = "mka_megatron"
 ENTRIES = {f"{PACKAGE}.hf.configuration": "configuration_mka", f"{PACKAGE}.hf.modeling": "modeling_mka"}
 """What config.json names -> its file."""
-STAND_INS = {f"{PACKAGE}.config.typed": f"{PACKAGE}.config.plain"}
+STAND_INS = {
+    f"{PACKAGE}.config.typed": f"{PACKAGE}.config.plain",
+    f"{PACKAGE}.memory.tiers.checksum": f"{PACKAGE}.memory.tiers.plain_checksum",
+}
 """Modules that need a package which transformers does not bring -> what does their work there."""
 _SOURCES = Path(__file__).parents[1]
 

@@ -85,9 +85,9 @@ class Route(nn.Module):
         logits, core = (None if gate is None else gate(q, x) for gate in (self.gate, self.core_gate))
         decays: list[Tensor | None] = [None, None]
         if self.decays:
-            learned = (self.decay_k, self.decay_v)
-            fixed = _fixed(self.l2, *self.shape, q.device) if self.decay_k is None else None
-            decays = [(fixed if each is None else each).float().sigmoid() for each in learned]
+            logits_of = (_fixed(self.l2, *self.shape, q.device) if each is None else each
+                         for each in (self.decay_k, self.decay_v))  # fmt: skip
+            decays = [each.float().sigmoid() for each in logits_of]
         return logits, None if self.beta is None else self.beta.float(), *decays, core
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ ELSEWHERE = """
 import importlib.util, sys
 from pathlib import Path
 assert importlib.util.find_spec("mka_megatron") is None
-for name in ("pydantic", "megatron", "deepspeed"):
+for name in ("pydantic", "megatron", "deepspeed", "xxhash"):
     sys.modules[name] = None
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,7 +36,7 @@ for directory in sys.argv[1:]:
         with torch.no_grad():
             results[f"{directory} logits {times}"] = model(tokens).logits
         results[f"{directory} tokens {times}"] = model.generate(
-            tokens[:, :19], max_new_tokens=7, do_sample=False, pad_token_id=0, use_cache=False)
+            tokens[:, :19], max_new_tokens=7, do_sample=False, pad_token_id=0)
         model.save_pretrained(f"{directory}-again")
         model = AutoModelForCausalLM.from_pretrained(f"{directory}-again", trust_remote_code=True)
 save_file(results, "results.safetensors")
@@ -51,7 +51,7 @@ def test_a_machine_without_the_package_loads_and_saves_it(tmp_path):
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():
             logits = model(TOKENS).logits
-        tokens = model.generate(TOKENS[:, :19], max_new_tokens=7, do_sample=False, pad_token_id=0, use_cache=False)
+        tokens = model.generate(TOKENS[:, :19], max_new_tokens=7, do_sample=False, pad_token_id=0)
         for times in ("once", "again"):
             wanted |= {f"{name} logits {times}": logits, f"{name} tokens {times}": tokens}
     save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
