@@ -171,7 +171,7 @@ class L3Config:
     hash_seed: int = 0
     """Seed of the planes, which are kept in the checkpoint."""
     placement: Literal["dram", "ssd"] = "dram"
-    """Slowest tier of earlier segments' chunks (training.segment_length)."""
+    """Slowest tier of the block core's chunks, those of earlier segments (training.segment_length) and in generation."""
     hbm_pool_gib: float = 0.0
     """Budget in GiB of the hot pages kept on the device."""
     dram_pool_gib: float | None = None

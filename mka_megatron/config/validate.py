@@ -280,9 +280,9 @@ def _check_tiers(config: Config) -> None:
         if wanted and not l3.enabled:
             raise refuse(f"memory_hierarchy.{key}", _value(config, f"memory_hierarchy.{key}"),
                          "there is no long-term memory to place; set memory_hierarchy.l3.enabled, or leave it out")
-        if wanted and config.training.segment_length is None:
-            raise refuse(f"memory_hierarchy.{key}", _value(config, f"memory_hierarchy.{key}"), "chunks leave the device "
-                         "only between segments; set training.segment_length, or leave it out")
+        if wanted and not block_core(config):
+            raise refuse(f"memory_hierarchy.{key}", _value(config, f"memory_hierarchy.{key}"), "the dense core keeps every "
+                         "token on the device; use attention.variant blockmka, or fastmka with attention.core block, or leave it out")
     if on_ssd and memory.ssd_spill_path is None:
         raise refuse("memory_hierarchy.l3.placement", "ssd",
                      "it needs a directory; set memory_hierarchy.ssd_spill_path")
