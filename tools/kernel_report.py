@@ -2,6 +2,7 @@
 
     python tools/kernel_report.py                       # print it
     python tools/kernel_report.py --readme README.md    # between its lines <!-- kernels: begin --> and <!-- kernels: end -->
+    python tools/kernel_report.py --plots docs/kernels  # PNGs of time and bandwidth against S (needs the extra `plots`)
 
 Results of other sources than these, by their hash, are named but their numbers are not shown.
 """
@@ -18,25 +19,36 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 from mka_megatron.ops.library import expected_hash  # noqa: E402
+from tools import kernel_plots  # noqa: E402
 
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 COMMAND = "python kernels/verify.py"
 
 
+def results(folder: Path = HERE / "kernels" / "results") -> list[dict[str, Any]]:
+    """The records of a folder."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def of_sources(records: list[dict[str, Any]], sources: str) -> list[dict[str, Any]]:
+    """The records whose source hash is `sources`, of whole runs, by device."""
+    current = [r for r in records if r["source_hash"] == sources and not r["quick"]]
+    return sorted(current, key=lambda r: r["device"]["device"])
+
+
 def current() -> str:
     """The section for the results and the sources of this checkout."""
-    found = sorted((HERE / "kernels" / "results").glob("*.json"))
-    return section([json.loads(path.read_text(encoding="utf-8")) for path in found], expected_hash())
+    return section(results(), expected_hash())
 
 
 def section(records: list[dict[str, Any]], sources: str) -> str:
     """Markdown for the records whose source hash is `sources`."""
-    current = [r for r in records if r["source_hash"] == sources and not r["quick"]]
+    current = of_sources(records, sources)
     if not current:
         older = ", ".join(sorted(r["device"]["device"] for r in records))
         was = f" (an earlier version: {older})" if older else ""
         return f"The CUDA kernels were not yet run on a GPU at this version{was}: `{COMMAND}` does it and writes the results.\n"
-    return "\n".join(_device(r) for r in sorted(current, key=lambda r: r["device"]["device"]))
+    return "\n".join(map(_device, current))
 
 
 def replaced(readme: str, text: str) -> str:
@@ -68,13 +80,29 @@ def _device(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _plot(to: Path) -> int:
+    try:
+        written = kernel_plots.write(of_sources(results(), expected_hash()), to)
+    except kernel_plots.NoPlots as error:
+        print(f"kernel_report.py: {error}", file=sys.stderr)
+        return 1
+    if not written:
+        print(f"kernel_report.py: there are no results of these sources: run {COMMAND} on a GPU.", file=sys.stderr)
+        return 1
+    print(*written, sep="\n")
+    return 0
+
+
 def main() -> int:
-    """0, or 1 when the README has no place for it."""
+    """0, or 1 when the README has no place for it or there are no plots to make."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--readme", type=Path, help="the file to write into (default: print)")
+    parser.add_argument("--plots", type=Path, help="the folder to write plots into, instead of the section")
     args = parser.parse_args()
+    if args.plots is not None:
+        return _plot(args.plots)
     text = current()
     if args.readme is None:
         print(text, end="")

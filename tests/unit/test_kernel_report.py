@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools import kernel_report
+from tools import kernel_plots, kernel_report
 
 SCRIPT = Path(kernel_report.__file__)
 TIMING = {
@@ -60,6 +60,47 @@ def test_the_readme_keeps_the_rest(tmp_path: Path) -> None:
     at.write_text("nothing")
     run = subprocess.run([sys.executable, SCRIPT, "--readme", at], capture_output=True, text=True)
     assert run.returncode == 1 and "needs the lines" in run.stderr and at.read_text() == "nothing"
+
+
+def three_lengths() -> dict[str, Any]:
+    """A made-up record: nothing of it was measured."""
+    made = record("a")
+    made["ops"]["recall"]["timings"] = [
+        {**TIMING, "slots": slots, "ms": slots / 1e5, "bytes_moved": 1000 * slots} for slots in (131072, 4096, 32768)
+    ]
+    made["ops"]["decode"] = {"checks": [], "skipped": [], "timings": [{**TIMING, "case": "close", "bytes_moved": 0}]}
+    return made
+
+
+def test_the_lines_of_the_plots() -> None:
+    made = three_lengths()
+    points = [(4096, 0.04096), (32768, 0.32768), (131072, 1.31072)]
+    assert kernel_plots.times(made, "recall") == {"pool": points, "pool, eager": [(slots, 4.0) for slots, _ in points]}
+    assert kernel_plots.bandwidths(made, "recall") == {"pool": [(slots, pytest.approx(100.0)) for slots, _ in points]}
+    assert kernel_plots.bandwidths(made, "decode") == {}, "what moves no bytes has no bandwidth"
+
+
+def test_plots_are_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = kernel_plots.write([three_lengths()], tmp_path / "plots")
+    assert [path.name for path in written] == ["gpu-1-time.png", "gpu-1-bandwidth.png"]
+    for path, panels in zip(written, (2, 1), strict=True):
+        image = path.read_bytes()
+        assert image[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(image[16:20], "big") == 120 * 7 * panels, "one panel per op that has the quantity"
+
+
+def test_plots_without_matplotlib_or_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--plots", str(tmp_path)])
+    monkeypatch.setattr(kernel_report, "results", list)
+    pytest.importorskip("matplotlib")
+    assert kernel_report.main() == 1
+    assert capsys.readouterr().err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert kernel_report.main() == 1
+    assert capsys.readouterr().err == "kernel_report.py: plots need matplotlib: pip install 'mka-megatron[plots]'.\n"
 
 
 def test_the_readme_says_what_was_run() -> None:
