@@ -3,6 +3,7 @@
     python tools/convert_hf.py import Qwen/Qwen2.5-7B out configs/attention/fastmka.yaml
     python tools/convert_hf.py verify Qwen/Qwen2.5-7B out
     python tools/convert_hf.py strip out plain
+    python tools/convert_hf.py export runs/x/step-1000 trained
 
 A model is a directory or a name on the hub. Weights are moved as bytes, on the CPU, with memory that does not depend on
 the model's size. The output appears complete, or not at all.
@@ -49,6 +50,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add.add_argument("config", nargs="*", metavar="CONFIG", help="YAML files and section.key=value overrides, as for training; "
                      "attention, routing and memory_hierarchy count (default: configs/attention/fastmka.yaml)")
     add.add_argument("--seed", type=int, default=0, metavar="N", help="of the gates' first weights (default 0)")
+    out = commands.add_parser("export", help="training checkpoint (any ZeRO stage, any layout) -> Hugging Face model with MKA",
+                              description="Write the model of a training checkpoint, from the files alone: no GPU, no ranks, one "
+                              "tensor in memory at a time.")
+    out.add_argument("checkpoint", type=Path, help="directory step-... of a training's output_dir")
+    out.add_argument("output", type=Path, help="directory that does not exist yet or is empty")
+    out.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: the training's precision); fp32 "
+                     "takes the optimizer's master weights")
+    out.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer (default: the training's own)")
+    out.add_argument("--shard-gb", type=float, default=5.0, metavar="X", help="largest file in GB (default 5)")
     take = commands.add_parser("strip", help="model with MKA -> plain model; of an import, the original's files bit for bit",
                                description="Take MKA's tensors out of a model.")
     take.add_argument("model", help="directory or hub name that import or export wrote")
@@ -65,7 +75,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     check.add_argument("--exact", action="store_true", help="let models with MKA attend to the plain tokens only, whatever their "
                        "routes have learned: must give the base model's logits")
     check.add_argument("--json", action="store_true", help="print the figures as JSON")
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)  # argparse wants all of CONFIG before the options
+    if rest and (args.command != "import" or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.config += rest
+    return args
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -77,6 +92,20 @@ def _import(args: argparse.Namespace) -> int:
     source = import_model(local(args.model), args.output, paths or [FASTMKA], overrides, seed=args.seed,
                           remote_code=write_remote_code, progress=_bar)
     _done(source, args.output)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from mka_megatron.conversion.exporting import export
+    from mka_megatron.hf.remote import write_remote_code
+
+    if not 0 < args.shard_gb < 1000:
+        raise ConfigError(f"--shard-gb is {args.shard_gb:g}: it must be greater than 0 and less than 1000.")
+    done = export(args.checkpoint, args.output, dtype=args.dtype, shard_bytes=int(args.shard_gb * 1e9),
+                  tokenizer=args.tokenizer, remote_code=write_remote_code, progress=_bar)
+    print(f"wrote {args.output}: step {done.step}, {done.tensors} tensors, {done.bytes / 1e9:.2f} GB in {done.dtype}")
+    if done.tokenizer is None:
+        print("no tokenizer was found; give it with --tokenizer")
     return 0
 
 
@@ -137,7 +166,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-_COMMANDS = {"import": _import, "strip": _strip, "verify": _verify}
+_COMMANDS = {"import": _import, "export": _export, "strip": _strip, "verify": _verify}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -109,17 +109,18 @@ def logits_of(directory: Path, prompts: Sequence[Tensor], dtype: torch.dtype,
         config = AutoConfig.from_pretrained(directory)
         if exact:
             plain_only = exact_mode(config, max(map(len, prompts)))
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=dtype, low_cpu_mem_usage=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"{directory} cannot be loaded by transformers: {_first_line(error)}") from None
+    model, info = loaded
     wrong = [*info["missing_keys"], *(n for n in info["unexpected_keys"] if not (plain_only and families.is_added(n)))]
     if wrong:
         raise ConfigError(f"{directory} and its model do not agree about the tensor {min(wrong)}; copy or convert it again.")
     with torch.no_grad():
         found = [model.eval()(input_ids=tokens[None], use_cache=False).logits[0].clone() for tokens in prompts]
-    del model
+    del model, loaded
     gc.collect()
     return found
 
