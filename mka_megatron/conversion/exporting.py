@@ -77,7 +77,8 @@ def export(checkpoint: Path, output: Path, *, dtype: Precision | None = None, sh
     """
     check_output(output)
     verified = _verified(checkpoint)
-    config = typed(verified.body["config"], {(): str(checkpoint / "manifest.json")})
+    saved = verified.body["config"]
+    config = typed(saved, {(section,): str(checkpoint / "manifest.json") for section in saved})
     found = find_tokenizer(config, tokenizer)
     vocab_size = _vocab_size(config, found)
     table = hf_table(config, vocab_size)
@@ -108,6 +109,8 @@ def export(checkpoint: Path, output: Path, *, dtype: Precision | None = None, sh
 
 
 def _verified(path: Path) -> Checkpoint:
+    if (path / "checkpoints").is_dir():
+        raise ConfigError(f"{path} is a training's output_dir; give one of {path / 'checkpoints' / 'step-*'}.")
     try:
         return verify(path)
     except CheckpointError as error:

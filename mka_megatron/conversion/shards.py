@@ -57,10 +57,9 @@ class Shards:
     """
 
     def __init__(self, checkpoint: Checkpoint, table: Table, masters: bool) -> None:
-        layout = checkpoint.body["layout"]
-        self.ranks = int(layout["parallel.tensor_parallel"])
         self._files = _Files(checkpoint)
-        reader = _Reader(self._files, table, layout)
+        reader = _Reader(self._files, table, checkpoint)
+        self.ranks = reader.ranks
         self._pieces = [reader.pieces(rank, masters) for rank in range(self.ranks)]
 
     def fragments(self, name: str, rank: int, start: int, length: int) -> Iterator[Tensor]:
@@ -150,13 +149,17 @@ class _Files:
 class _Reader:
     """Finds the parameters of one rank in the files that the layout wrote."""
 
-    def __init__(self, files: _Files, table: Table, layout: dict[str, Any]) -> None:
-        self.files, self.table = files, table
-        self.ranks = int(layout["parallel.tensor_parallel"])
-        self.stage = int(layout["engine.zero_stage"])
-        self.precision = str(layout["training.precision"])
-        self.swapped = "nvme" in (layout["engine.offload_optimizer"], layout["engine.offload_param"])
-        self.partitions = int(layout["parallel.data_parallel"]) * int(layout["parallel.context_parallel"])
+    def __init__(self, files: _Files, table: Table, checkpoint: Checkpoint) -> None:
+        self.files = files
+        layout = checkpoint.body["layout"]
+        try:
+            self.ranks = int(layout["parallel.tensor_parallel"])
+            self.stage = int(layout["engine.zero_stage"])
+            self.precision = str(layout["training.precision"])
+            self.swapped = "nvme" in (layout["engine.offload_optimizer"], layout["engine.offload_param"])
+            self.partitions = int(layout["parallel.data_parallel"]) * int(layout["parallel.context_parallel"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise files.unknown("manifest.json", f"its layout lacks {error}") from None
         self.shapes = {name: entry.shard(self.ranks) for name, entry in table.items()}
 
     def pieces(self, rank: int, masters: bool) -> Pieces:
@@ -228,14 +231,14 @@ class _Reader:
         found: Pieces = {}
         for index, subgroups in enumerate(flats):
             rest = iter(subgroups)
-            here = _Piece("", (), 0, 0)
+            here = next(rest)
             for name in (name for group in groups for name in group):
                 length = math.prod(self.shapes[name])
                 share = -(-length // self.partitions)
                 if not here.length:
                     here = next(rest, here)
                 if here.length < share:
-                    raise self.files.unknown(here.file or subgroups[0].file, f"the masters end before {name} does")
+                    raise self.files.unknown(here.file, f"the masters end before {name} does")
                 kept = max(0, min(share, length - index * share))
                 found.setdefault(name, []).append(here._replace(length=kept))
                 here = here._replace(start=here.start + share, length=here.length - share)
@@ -251,7 +254,7 @@ class _Reader:
         file = self._optimizer(rank, partition)
         state = self.files.state(file).get("optimizer_state_dict")
         flats = state.get(key) if isinstance(state, dict) else None
-        if not isinstance(flats, list):
+        if not isinstance(flats, list) or not flats:
             raise self.files.unknown(file, f"it has no {key}")
         return [self._all(file, ("optimizer_state_dict", key, index)) for index in range(len(flats))]
 

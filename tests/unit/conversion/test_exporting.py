@@ -20,6 +20,7 @@ from mka_megatron.conversion.exporting import export
 from mka_megatron.files import manifest
 from mka_megatron.memory import hashing
 from mka_megatron.model.hf_table import hf_table, hf_tensors
+from mka_megatron.training import manifest as training_manifest
 from tests.helpers import training_checkpoints as made
 
 L3 = ("memory_hierarchy.l3.enabled=true", "data.pad_documents_to_chunks=true", "attention.variant=blockmka",
@@ -226,6 +227,21 @@ def test_values_that_are_not_finite_and_outputs_that_are_not_empty(tmp_path: Pat
         export(path, tmp_path / "bad")
     with pytest.raises(ConfigError, match="not intact: it has no readable manifest"):
         export(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"is a training's output_dir; give one of .*step-\*"):
+        export(tmp_path / "run", tmp_path / "out")
+
+
+def test_another_versions_layout_or_configuration_is_named(tmp_path: Path) -> None:
+    config = made.config_of("engine.zero_stage=0")
+    path = made.write(tmp_path / "step-7", config, made.parameters(config))
+    body = training_manifest._read(path)
+    training_manifest.write(path, body | {"layout": {"parallel.tensor_parallel": 1}})
+    with pytest.raises(ConfigError, match=r"manifest\.json .* lacks 'engine\.zero_stage'"):
+        export(path, tmp_path / "out")
+    training_manifest.write(path, body | {"config": body["config"] | {"model": body["config"]["model"] | {"later": 1}}})
+    with pytest.raises(ConfigError, match=r"model\.later in .*manifest\.json is not a configuration key"):
+        export(path, tmp_path / "out")
 
 
 def test_variants_and_models_without_a_form(tmp_path: Path) -> None:
