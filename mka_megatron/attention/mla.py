@@ -47,3 +47,39 @@ def latent_attention(
     queries = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
     keys = torch.cat((k_nope, shared), dim=-1)
     return causal_attention(queries, keys, v, documents, scale, view)
+
+
+def absorbed_attention(
+    q: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    up: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    documents: Documents,
+    *,
+    nope: int,
+    scale: float,
+    view: View = NO_MEMORY.view,
+) -> Tensor:
+    """The same out of the latents themselves: all that a cache has to keep, one key for all heads.
+
+    The up-projections go to the other side of the two products: q . (U_k c) = (U_k^T q) . c and
+    sum_t p_t U_v c_t = U_v sum_t p_t c_t (section 2.1.2 there).
+
+    Args:
+        latent: [B, S, c], what `up` [H (n + e), c] projects to the `kv` of :func:`latent_attention`.
+        The others as there.
+
+    Returns:
+        [B, S, H, e], dtype of q.
+    """
+    # [H (n + e), c] -> [H, n, c], [H, e, c]
+    up_k, up_v = up.unflatten(0, (q.shape[2], -1)).tensor_split((nope,), dim=1)
+    q_nope, q_rope = q.tensor_split((nope,), dim=-1)
+    queries = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, up_k), apply_rope(q_rope, cos, sin)), dim=-1)
+    # [B, S, c], [B, S, r] -> [B, S, 1, c + r]
+    keys = torch.cat((latent[:, :, None], apply_rope(k_rope[:, :, None], cos, sin)), dim=-1)
+    # the keys are the values, of which the latent channels count
+    mixed = causal_attention(queries, keys, keys, documents, scale, view)[..., : latent.shape[2]]
+    return torch.einsum("bshc,hec->bshe", mixed, up_v)

@@ -134,8 +134,10 @@ class GenerationView:
         while len(caches) <= level:
             caches.append((k.new_empty(len(k), 0, *k.shape[2:]), v.new_empty(len(v), 0, *v.shape[2:])))
         ends = [before + count for before, count in zip(rows.earlier, rows.tokens, strict=True)]
-        caches[level] = tuple(_roomy(x, max(ends)) for x in caches[level])  # type: ignore[assignment]
-        for cache, x in zip(caches[level], (k, v), strict=True):
+        key = _roomy(caches[level][0], max(ends))
+        # where the keys are the values they are kept once
+        caches[level] = (key, key if v is k else _roomy(caches[level][1], max(ends)))
+        for cache, x in zip(caches[level][: 1 if v is k else 2], (k, v), strict=False):
             if len(set(ends)) == 1 and self.piece.documents.padding is None:
                 cache[:, rows.earlier[0] : ends[0]] = x
                 continue

@@ -6,8 +6,6 @@ low-rank latents; position enters through a decoupled rotary part, its key share
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mka_megatron.attention.mla import latent_attention
+from mka_megatron.attention.mla import absorbed_attention, latent_attention
 from mka_megatron.config.schema import Config
 from mka_megatron.memory.rows import Piece
 from mka_megatron.memory.view import View
@@ -84,7 +82,10 @@ class LatentSelfAttention(MegatronModule):
             query_input = self.q_norm(F.linear(hidden_states, self.q_down))
         q, _ = self.linear_q(query_input)
         latent, k_rope = F.linear(hidden_states, self.kv_down).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        kv, _ = self.linear_kv(self.kv_norm(latent))
+        latent = self.kv_norm(latent)
+        if isinstance(packed_seq_params, GenerationInputs):
+            return self._generate(packed_seq_params, q, latent, k_rope)
+        kv, _ = self.linear_kv(latent)
         # the rotary key is shared by the heads of all ranks: its gradient is their sum
         if self.config.sequence_parallel:
             k_rope = gather_from_sequence_parallel_region(k_rope, tensor_parallel_output_grad=True, group=self.tp_group)
@@ -99,9 +100,7 @@ class LatentSelfAttention(MegatronModule):
 
         heads = (x.unflatten(-1, (self.heads, -1)) for x in (q, kv))
         arguments = [x.transpose(0, 1) for x in (*heads, k_rope)]
-        if isinstance(packed_seq_params, GenerationInputs):
-            out = self._generate(packed_seq_params, attend, arguments)
-        elif self.recompute and self.training and torch.is_grad_enabled():
+        if self.recompute and self.training and torch.is_grad_enabled():
             view = packed_seq_params.history.view(self.layer)
             out = checkpoint(attend, packed_seq_params, view, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -109,8 +108,18 @@ class LatentSelfAttention(MegatronModule):
         # [B,S,H,dv] -> [S,B,H*dv]
         return self.linear_proj(out.transpose(0, 1).flatten(2))
 
-    def _generate(self, inputs: GenerationInputs, attend: Callable[..., Tensor], arguments: list[Tensor]) -> Tensor:
-        def core(piece: Piece, view: View, *at_hand: Tensor) -> tuple[Tensor, None]:
-            return attend(inputs.of(piece), view, *at_hand), None
+    def _generate(self, inputs: GenerationInputs, q: Tensor, latent: Tensor, k_rope: Tensor
+                  ) -> tuple[Tensor, Tensor | None]:
+        """Of rows that go on; only latents are remembered."""
+        up = self.linear_kv.get_parameter("weight")
 
-        return inputs.generation.attend(self.layer, core, *arguments)
+        def core(piece: Piece, view: View, q_BSHd: Tensor, latent_BSc: Tensor, k_rope_BSr: Tensor) -> tuple[Tensor, None]:
+            at = inputs.of(piece)
+            return absorbed_attention(
+                q_BSHd, latent_BSc, k_rope_BSr, up, at.cos, at.sin, at.documents, nope=self.mla.qk_nope_head_dim,
+                scale=self.query_dim**-0.5, view=view,
+            ), None
+
+        at_hand = [x.transpose(0, 1) for x in (q.unflatten(-1, (self.heads, -1)), latent, k_rope)]
+        out = inputs.generation.attend(self.layer, core, *at_hand)
+        return self.linear_proj(out.transpose(0, 1).flatten(2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mka_megatron.attention.mla import latent_attention
+from mka_megatron.attention.mla import absorbed_attention, latent_attention
 from tests.helpers import oracle
 from tests.helpers.layouts import NAMES, layout
 from tests.helpers.numerics import assert_same, assert_same_gradients
@@ -41,3 +41,20 @@ def test_it_is_dense_attention_with_a_shared_rotary_key(documents: str, value_ch
     assert found.shape == (B, S, H, value_channels)
     assert_same(found, exact, terms=S)
     assert_same_gradients(found, exact, [q, kv, k_rope], terms=H * S)
+
+
+@pytest.mark.parametrize("documents", NAMES)
+def test_the_latents_themselves_give_the_same(documents: str) -> None:
+    torch.manual_seed(0)
+    where, values, latents = layout(documents, B, S), 7, 5
+    q, latent, k_rope, up = (
+        leaf(B, S, H, NOPE + ROPE),
+        leaf(B, S, latents),
+        leaf(B, S, ROPE),
+        leaf(H * (NOPE + values), latents),
+    )
+    kv = (latent @ up.mT).unflatten(-1, (H, -1))
+    turn = oracle.tables(where.positions, ROPE, 1e4)
+    exact = latent_attention(q, kv, k_rope, *turn, where, nope=NOPE, scale=SCALE)
+    found = absorbed_attention(q, latent, k_rope, up, *turn, where, nope=NOPE, scale=SCALE)
+    assert_same(found, exact, terms=S * latents)
