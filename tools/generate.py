@@ -1,0 +1,238 @@
+"""Continue a text with a model that this repository trained or imported.
+
+    python tools/generate.py configs/run/tiny.yaml --prompt "def main(" --max-new-tokens 100
+    python tools/generate.py model.init_from=qwen-mka training.precision=bf16 --prompt-file question.txt
+    torchrun --nproc_per_node=2 tools/generate.py CONFIG... parallel.tensor_parallel=2 --prompt "..."
+
+With model.init_from the weights are that Hugging Face directory's, else those of the newest intact checkpoint under
+training.output_dir, which also says what the model is; it may have been written at another tensor-parallel size. Where the
+model recalls tokens, memory_hierarchy.l3's placement and budgets and ssd_spill_path say where they are kept: the context
+is as long as the slowest tier allows. The text goes to stdout, figures and progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mka_megatron.config.errors import ConfigError, refuse
+from mka_megatron.config.load import load_config
+from mka_megatron.config.schema import Config
+
+if TYPE_CHECKING:
+    from mka_megatron.data.tokenizer import Tokenizer
+    from mka_megatron.inference.generate import Generated
+    from mka_megatron.model.gpt import GPT
+    from mka_megatron.parallel.groups import Topology
+    from mka_megatron.training.manifest import Checkpoint
+
+_PLACES = ("placement", "hbm_pool_gib", "dram_pool_gib", "ssd_pool_gib", "when_full")
+"""Keys of memory_hierarchy.l3 that say where pages lie and not what they hold."""
+
+
+def main() -> int:
+    arguments = parsed()
+    rank = int(os.environ.get("RANK", 0))
+    for ours_to_ignore in (".*[Aa]pex.*", ".*Transformer Engine.*", "full scope is deprecated.*"):
+        warnings.filterwarnings(
+            "ignore", message=ours_to_ignore
+        )  # Megatron, of what it does not find or need
+    from mka_megatron.memory.tiers.pages import TierError
+    from mka_megatron.training.manifest import CheckpointError
+
+    try:
+        text, made = run(arguments, rank)
+    except (ConfigError, CheckpointError, TierError) as error:
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return 2
+    if rank == 0:
+        print(text)
+        rates = (
+            made.prompt_tokens / made.prompt_seconds,
+            made.new_tokens / made.new_seconds if made.new_tokens else 0.0,
+        )
+        print(
+            f"prompt: {made.prompt_tokens} tokens, {rates[0]:.1f} tokens/s; new: {made.new_tokens} tokens, "
+            f"{rates[1]:.1f} tokens/s",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--prompt-file", type=Path, help="UTF-8 file with it")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, help="choose among so many of the likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this much probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--prefill-slots", type=int, default=1024, help="prompt tokens of a forward pass")
+    parser.add_argument("config", nargs="*", help="configuration files and section.key=value overrides")
+    return parser.parse_intermixed_args()
+
+
+def run(arguments: argparse.Namespace, rank: int) -> tuple[str, Generated]:
+    """The continuation, and figures."""
+    for name in ("max_new_tokens", "prefill_slots"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give at least 1.")
+    text = prompt_text(arguments)
+    config = for_inference(load_config(
+        [a for a in arguments.config if "=" not in a], [a for a in arguments.config if "=" in a]
+    ))  # fmt: skip
+    from mka_megatron.data.tokenizer import load_tokenizer
+    from mka_megatron.inference.generate import generate, remember
+    from mka_megatron.inference.sampling import Sampling
+    from mka_megatron.memory.generation import open_pages
+    from mka_megatron.model.build import DTYPES
+    from mka_megatron.parallel import groups
+    from mka_megatron.training.host import use_cores
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    topology = groups.initialize(config.parallel, config.engine.timeout_seconds)
+    store = None
+    try:
+        checkpoint = None if config.model.init_from else newest(config)
+        if checkpoint is not None:
+            config = of_checkpoint(config, checkpoint)
+        tokenizer = load_tokenizer(str(tokenizer_path(config)))
+        [ids] = tokenizer.encode([text])
+        if not ids:
+            raise ConfigError("the prompt is empty; give some text.")
+        model = built(config, topology, tokenizer, checkpoint)
+        store = open_pages(
+            config, DTYPES[config.training.precision], topology.device, run=name_of(topology), rank=rank
+        )
+        made = generate(
+            model, remember(model, config, topology, 1, store), [ids], max_new_tokens=arguments.max_new_tokens,
+            eos_id=tokenizer.eos_id, positions=config.model.max_position_embeddings, sampling=sampling,
+            prefill_slots=arguments.prefill_slots, progress=progress_bar(len(ids)) if rank == 0 else None,
+        )  # fmt: skip
+        return tokenizer.decode(made.tokens[0]), made
+    finally:
+        if store is not None:
+            store.close()
+        groups.destroy()
+
+
+def prompt_text(arguments: argparse.Namespace) -> str:
+    """What to continue."""
+    if arguments.prompt is not None:
+        return str(arguments.prompt)
+    path: Path = arguments.prompt_file
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt-file: {path} cannot be read as UTF-8 text ({error}).") from None
+
+
+def for_inference(config: Config) -> Config:
+    """One sequence on the tensor-parallel ranks: no replicas, no shards of it, nothing of training."""
+    world, ranks = int(os.environ.get("WORLD_SIZE", 1)), config.parallel.tensor_parallel
+    if world != ranks:
+        raise refuse("parallel.tensor_parallel", ranks, f"{world} processes were started; start as many (torchrun "
+                     f"--nproc_per_node={ranks}), or set it to {world}")  # fmt: skip
+    parallel = dataclasses.replace(
+        config.parallel, sequence_parallel=False, context_parallel=1, data_parallel=None
+    )
+    engine = dataclasses.replace(config.engine, zero_stage=0, offload_optimizer="none", offload_param="none")
+    return dataclasses.replace(config, parallel=parallel, engine=engine)
+
+
+def newest(config: Config) -> Checkpoint:
+    """The checkpoint to take the weights from."""
+    from mka_megatron.training.checkpoint import newest_intact
+
+    found = newest_intact(config.training.output_dir)
+    if found is None:
+        raise refuse("training.output_dir", config.training.output_dir, "it holds no intact checkpoint; name the output of a "
+                     "training, or a Hugging Face directory in model.init_from")  # fmt: skip
+    return found
+
+
+def of_checkpoint(config: Config, checkpoint: Checkpoint) -> Config:
+    """The model that the checkpoint says, with the pages where `config` says."""
+    from mka_megatron.config.typed import typed
+
+    theirs = typed(checkpoint.body["config"], {(): str(checkpoint.path / "manifest.json")})
+    mine = config.memory_hierarchy
+    l3 = dataclasses.replace(theirs.memory_hierarchy.l3, **{name: getattr(mine.l3, name) for name in _PLACES})
+    memory = dataclasses.replace(theirs.memory_hierarchy, l3=l3, ssd_spill_path=mine.ssd_spill_path)
+    tokenizer = config.data.tokenizer or theirs.data.tokenizer
+    return dataclasses.replace(
+        config, model=theirs.model, attention=theirs.attention, routing=theirs.routing, memory_hierarchy=memory,
+        data=dataclasses.replace(theirs.data, tokenizer=tokenizer),
+    )  # fmt: skip
+
+
+def tokenizer_path(config: Config) -> Path:
+    """Where the model's tokenizer is."""
+    from mka_megatron.conversion.tokenizing import find_tokenizer
+
+    if config.data.tokenizer is not None:
+        return Path(config.data.tokenizer)
+    found = find_tokenizer(config, None)
+    if found is None:
+        raise refuse(
+            "data.tokenizer", "null", "the tokenizer of this model is not on this machine; name its directory"
+        )
+    return found.path
+
+
+def built(config: Config, topology: Topology, tokenizer: Tokenizer, checkpoint: Checkpoint | None) -> GPT:
+    """The model with its weights, to be used as it is."""
+    from mka_megatron.model.build import build_model
+
+    size = config.model.vocab_size or tokenizer.vocab_size
+    if checkpoint is None:
+        return build_model(config, topology, size).eval()
+    from mka_megatron.conversion.loading import load_weights
+
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=None))
+    model = build_model(config, topology, size)
+    load_weights(model, checkpoint, config, topology)
+    return model.eval()
+
+
+def name_of(topology: Topology) -> str:
+    """Of this run's pages, the same on all ranks."""
+    import torch.distributed as dist
+
+    name = [f"generate-{uuid.uuid4().hex[:12]}"]
+    dist.broadcast_object_list(name, src=0)
+    return name[0]
+
+
+def progress_bar(tokens: int) -> Callable[[int, int], None]:
+    """Shows how far a long prompt is, on stderr."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=tokens, unit="token", desc="prompt", disable=None, leave=False)
+
+    def show(done: int, total: int) -> None:
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())
