@@ -1,6 +1,6 @@
 """Weights from file to file in one pass: the kernel copies a block while another thread hashes it and looks at its values.
 
-The block is read from the disk once: both find it in the page cache.
+The block is read from the disk once: both find it in the page cache. Nothing here waits for the disk: `publish` does, at the end.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ CHUNK = 1 << 20
 """Bytes looked at at a time."""
 BLOCK = 32 << 20
 """Bytes that are copied while as many are looked at."""
+_BEHIND = 4
+"""Blocks that may be copied and not yet looked at."""
 _NOT_BY_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 Report = Callable[[int], object]
 """Is told of bytes that were moved."""
@@ -87,15 +90,21 @@ class Mover:
         digest, size = hashlib.sha256(), 0
         with _reading(source) as stream, open(target, "xb", buffering=0) as out:
             _write(out, lead)
-            for block in _blocks(pieces):
-                looked = self._pool.submit(self._look, digest, stream.fileno(), source, block)
-                for piece in block:
-                    if piece.kept:
-                        _copy(stream.fileno(), out.fileno(), piece.begin, piece.end, source)
-                looked.result()
-                size += block[-1].end - block[0].begin
-                self._report(block[-1].end - block[0].begin)
-            os.fsync(out.fileno())
+            looked: deque[Future[None]] = deque()
+            try:
+                for block in _blocks(pieces):
+                    looked.append(self._pool.submit(self._look, digest, stream.fileno(), source, block))
+                    for piece in block:
+                        if piece.kept:
+                            _copy(stream.fileno(), out.fileno(), piece.begin, piece.end, source)
+                    size += block[-1].end - block[0].begin
+                    self._report(block[-1].end - block[0].begin)
+                    if len(looked) > _BEHIND:
+                        looked.popleft().result()
+                while looked:
+                    looked.popleft().result()
+            finally:
+                wait(looked)  # before the file is closed
         return Digest(size, digest.hexdigest())
 
     def _look(self, digest: Any, descriptor: int, source: Path, block: Sequence[_Piece]) -> None:
@@ -160,7 +169,6 @@ def write_tensors(target: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]
                 report(len(chunk))
         if (missing := next(expected, None)) is not None:
             raise ValueError(f"{missing[0]} was announced and did not come")
-        os.fsync(out.fileno())
     return Digest(size, digest.hexdigest())
 
 
