@@ -103,6 +103,11 @@ class Generation:
         return [known + mine for known, mine in zip(self._rows.known, self._rows.open, strict=True)]
 
     @property
+    def layers(self) -> Sequence[Remembered]:
+        """What each layer remembers outside the page store, to be looked at only."""
+        return self._layers
+
+    @property
     def pieces(self) -> list[Piece]:
         """What :meth:`attend` goes over in the pass that has begun: `piece.documents.positions` has the positions."""
         return self._pieces
