@@ -1,4 +1,4 @@
-"""Runs the kernels on a GPU: correct, reproducible, clean, fast? Needs nvcc and PyTorch, nothing else of the project's.
+"""Runs the kernels on a GPU: correct, reproducible, clean, fast? Needs nvcc, PyTorch and NumPy, nothing else of the project's.
 
     python kernels/verify.py                     # everything, in under 9 minutes
     python kernels/verify.py --ops recall --quick
@@ -6,7 +6,7 @@
 Builds the library; compares every op with its reference (in fp64, or bit for bit where it is exact) on outputs that
 were poisoned; runs every kernel twice and compares the bits; runs it under compute-sanitizer (memcheck and racecheck,
 where it is installed); measures against a copy and PyTorch versions of the same op. Prints one table last and writes
-kernels/results/<device>.json, which is tied to the sources by their hash. Exits with 1 when anything fails.
+kernels/results/<device>.json as it goes, which is tied to the sources by their hash. Exits with 1 when anything fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +42,9 @@ RESULTS = HERE / "results"
 LENGTHS = (1, 127, 128, 129, 4096, 32768, 131072)
 BENCHMARKED = (4096, 16384, 32768, 131072, 262144)
 BUDGET_S = 9 * 60
+"""Of everything, the build included."""
+CHECKS_S = 5 * 60
+"""Of them, until the last check; what is left then fails."""
 SANITIZERS = ("memcheck", "racecheck")
 
 
@@ -151,22 +154,33 @@ def verify(
     lengths: tuple[int, ...],
     benchmarked: tuple[int, ...],
     sanitize: bool,
+    save: Callable[[dict[str, Any]], None] = lambda record: None,
+    begin: float | None = None,
 ) -> dict[str, Any]:
-    """Everything but the build, as the record that is written."""
-    begin = time.monotonic()
-    record: dict[str, Any] = {"source_hash": build.source_hash(), "ops": {}, "sanitizer": {}}
+    """Everything but the build, as the record that is written.
+
+    `save` is given what there is so far, whose `complete` is false until the end. `begin`: when the time started.
+    """
+    begin = time.monotonic() if begin is None else begin
+    record: dict[str, Any] = {
+        "source_hash": build.source_hash(), "complete": False, "copy_gbps": 0.0, "ops": {}, "sanitizer": {},
+    }  # fmt: skip
     for name in ops:
         found = record["ops"][name] = {"checks": [], "timings": [], "skipped": []}
         try:
             for check in correctness(section(name), device, lengths):
                 found["checks"].append({**asdict(check), "passed": check.passed})
+                if time.monotonic() - begin > CHECKS_S:
+                    raise TimeoutError(f"time was up after {check.case}")
         except Exception as error:
             found["checks"].append(broken("checks", error))
         print(f"{name}: {len(found['checks'])} checks, {time.monotonic() - begin:.0f} s", flush=True)
+        save(record)
     if sanitize:
         for tool in SANITIZERS:
             left = BUDGET_S - (time.monotonic() - begin)
             record["sanitizer"][tool] = sanitized(ops, tool, max(10.0, left / 3))
+            save(record)
     clock = Clock(device)
     record["copy_gbps"] = clock.copy_gbps
     for slots in benchmarked:
@@ -178,6 +192,8 @@ def verify(
                 found["timings"] += [asdict(t) for t in section(name).benchmarks(clock, (slots,))]
             except Exception as error:
                 found["checks"].append(broken(f"benchmark S={slots}", error))
+            save(record)
+    record["complete"] = True
     record["seconds"] = round(time.monotonic() - begin, 1)
     return record
 
@@ -212,23 +228,24 @@ def main() -> int:
                 launch()
         torch.cuda.synchronize()
         return 0
+    begin = time.monotonic()
     try:
         kernels = build.build()
     except build.BuildError as error:
         print(f"verify.py: {error}", file=sys.stderr)
         return 2
-    longest = 4096 if args.quick else max(BENCHMARKED)
-    record = verify(
-        args.ops,
-        device,
-        tuple(n for n in LENGTHS if n <= longest),
-        tuple(n for n in BENCHMARKED if n <= longest),
-        not args.quick,
-    )
-    record = {"device": describe(device), "functions": len(kernels), "quick": args.quick, **record}
+    about = {"device": describe(device), "functions": len(kernels), "quick": args.quick}
+    name = re.sub(r"[^a-z0-9]+", "-", about["device"]["device"].lower()).strip("-")
     RESULTS.mkdir(exist_ok=True)
-    at = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', record['device']['device'].lower()).strip('-')}.json"
-    at.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    at = RESULTS / f"{name}.json"
+
+    def save(record: dict[str, Any]) -> None:
+        at.write_text(json.dumps({**about, **record}, indent=1) + "\n", encoding="utf-8")
+
+    longest = 4096 if args.quick else max(BENCHMARKED)
+    checked, timed = (tuple(n for n in each if n <= longest) for each in (LENGTHS, BENCHMARKED))
+    record = {**about, **verify(args.ops, device, checked, timed, not args.quick, save, begin)}
+    save(record)
     print(f"{table(record)}\nwritten to {at}")
     return 0 if passed(record) else 1
 

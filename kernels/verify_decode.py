@@ -232,6 +232,8 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
             if batch == 16:
                 goal = f"goal 75% of copy {_met(clock.share(ms, moved) >= 0.75)}"
             peers = {"dense, ours": dense, "dense, SDPA": sdpa}
+            if batch == 1:
+                peers["eager"] = clock.ms(lambda: state.attend("reference"))
             yield Timing(f"attend B={batch}", slots, ms, moved, peers, clock.share(ms, moved), goal)
             dense_moved = row * slots
             share = clock.share(dense, dense_moved)

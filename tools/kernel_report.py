@@ -31,8 +31,8 @@ def results(folder: Path = HERE / "kernels" / "results") -> list[dict[str, Any]]
 
 
 def of_sources(records: list[dict[str, Any]], sources: str) -> list[dict[str, Any]]:
-    """The records whose source hash is `sources`, of whole runs, by device."""
-    current = [r for r in records if r["source_hash"] == sources and not r["quick"]]
+    """The records whose source hash is `sources`, of runs that came to their end, by device."""
+    current = [r for r in records if r["source_hash"] == sources and r["complete"] and not r["quick"]]
     return sorted(current, key=lambda r: r["device"]["device"])
 
 
@@ -69,14 +69,14 @@ def _device(record: dict[str, Any]) -> str:
         f" {sum(c['passed'] for c in checks)} of {len(checks)} checks passed; compute-sanitizer: {sanitizer or 'not run'}"
         f" (`{COMMAND}`):",
         "",
-        "| op | S | ms | of copy bandwidth | faster than |",
-        "| --- | ---: | ---: | ---: | --- |",
+        "| op | S | ms | of copy bandwidth | faster than | goal |",
+        "| --- | ---: | ---: | ---: | --- | --- |",
     ]
     for op, found in record["ops"].items():
         for t in found["timings"]:
             share = "" if t["copy_share"] is None else f"{t['copy_share']:.0%}"
             peers = ", ".join(f"{name} {ms / t['ms']:.1f}×" for name, ms in t["peers"].items())
-            lines.append(f"| {op}: {t['case']} | {t['slots']:,} | {t['ms']:.4f} | {share} | {peers} |")
+            lines.append(f"| {op}: {t['case']} | {t['slots']:,} | {t['ms']:.4f} | {share} | {peers} | {t['goal']} |")
     return "\n".join(lines) + "\n"
 
 

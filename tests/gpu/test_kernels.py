@@ -16,7 +16,7 @@ THERE, WHY = library.available()
 pytestmark = pytest.mark.skipif(not THERE, reason=f"the kernels cannot run: {WHY}")
 
 
-@pytest.fixture(params=["decode", "recall", "route_fuse"])
+@pytest.fixture(params=["decode", "layer", "recall", "route_fuse"])
 def section(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The op's part of verify.py."""
     monkeypatch.syspath_prepend(KERNELS)

@@ -23,8 +23,9 @@ TIMING = {
 }
 
 
-def record(sources: str, quick: bool = False) -> dict[str, Any]:
+def record(sources: str, quick: bool = False, complete: bool = True) -> dict[str, Any]:
     return {
+        "complete": complete,
         "source_hash": sources,
         "quick": quick,
         "device": {"device": "GPU 1", "driver": "1.2", "torch": "2.13"},
@@ -39,11 +40,11 @@ def record(sources: str, quick: bool = False) -> dict[str, Any]:
 def test_numbers_of_these_sources() -> None:
     text = kernel_report.section([record("b"), record("a")], "a")
     assert text.count("GPU 1") == 1
-    assert "| recall: pool | 32,768 | 0.5000 | 87% | eager 8.0× |" in text
+    assert "| recall: pool | 32,768 | 0.5000 | 87% | eager 8.0× |  |" in text
     assert "copy 2900 GB/s; 1 of 2 checks passed; compute-sanitizer: memcheck clean" in text
 
 
-@pytest.mark.parametrize("records", [[], [record("b")], [record("a", quick=True)]])
+@pytest.mark.parametrize("records", [[], [record("b")], [record("a", quick=True)], [record("a", complete=False)]])
 def test_no_numbers_of_other_sources_or_short_runs(records: list[dict[str, Any]]) -> None:
     text = kernel_report.section(records, "a")
     assert text.startswith("The CUDA kernels were not yet run on a GPU at this version") and "|" not in text

@@ -76,6 +76,56 @@ def test_the_fusion_section_on_the_host(
     assert verify.passed(record)
 
 
+def test_the_layers_section_on_the_host(
+    verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on_host(library, monkeypatch)
+    draw = verify.section("layer").Layer.draw
+    monkeypatch.setattr(
+        verify.section("layer").Layer, "draw", lambda device, slots, **_: draw(device, slots, heads=4, groups=2, channels=64)
+    )
+    saved = []
+    record = verify.verify(["layer"], torch.device("cpu"), (1, 65), (65,), False, lambda r: saved.append(r["complete"]))
+    found = record["ops"]["layer"]
+    assert [c["case"] for c in found["checks"] if not c["passed"]] == [] and len(found["checks"]) == 8
+    assert [(t["case"], set(t["peers"])) for t in found["timings"]] == [("forward + backward, host", {"GQA", "eager"})]
+    assert record["complete"] and saved == [False, False], "what there is is saved as it goes"
+
+
+def test_time_that_is_up_fails(verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_recall(library)
+    monkeypatch.setattr(verify, "CHECKS_S", 0)
+    record = verify.verify(["recall"], torch.device("cpu"), (1, 129), (), False)
+    assert [c["passed"] for c in record["ops"]["recall"]["checks"]] == [True, False]
+    assert "time was up after S=1" in record["ops"]["recall"]["checks"][-1]["case"] and not verify.passed(record)
+
+
+ALONE = """
+import importlib, importlib.abc, sys
+allowed = {"torch", "numpy", "mka_megatron"} | set(sys.stdlib_module_names)
+import torch, numpy, torch._dynamo
+have = set(name.split(".")[0] for name in sys.modules)
+
+class Only(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        top = name.split(".")[0]
+        if not (top in allowed | have or top.startswith("verify") or top.startswith("mka_")):
+            raise ImportError(f"{name} is none of PyTorch's")
+
+sys.meta_path.insert(0, Only())
+sys.path.insert(0, sys.argv[1])
+import verify
+print(*[verify.section(name).__name__ for name in verify.sections()])
+"""
+
+
+def test_pytorch_is_all_it_needs() -> None:
+    """Its sections import neither Megatron, DeepSpeed, transformers nor pydantic or YAML."""
+    run = subprocess.run([sys.executable, "-c", ALONE, KERNELS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["verify_decode", "verify_layer", "verify_recall", "verify_route_fuse"]
+
+
 def test_a_wrong_kernel_fails(
     verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
