@@ -21,10 +21,9 @@ WORLD_SIZE="$nproc" python "$ROOT/tools/train_hf.py" "$config" "$@" --print-conf
 threads_per_rank "$nproc"
 launcher=(torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$nproc" --shutdown-timeout=600)
 if python -c 'import accelerate' 2>/dev/null; then
-    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-    launcher=(accelerate.commands.launch --num_processes="$nproc" --num_machines=1 --mixed_precision=no --dynamo_backend=no)
-    [ "$nproc" = 1 ] || launcher+=(--multi_gpu)
-    [ "$gpus" != 0 ] || launcher+=(--cpu)
+    launcher=(accelerate.commands.launch --num_processes="$nproc" --num_machines=1 --main_process_port=0
+        --mixed_precision=no --dynamo_backend=no)
+    [ "$nproc" = 1 ] || launcher+=(--multi_gpu)  # several processes; they find out whether they have GPUs
 else
     say "accelerate is not installed; torchrun starts the ranks."
 fi

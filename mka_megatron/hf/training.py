@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import logging as transformers_logging
 
 from mka_megatron.config.errors import refuse
 from mka_megatron.config.fine_tune import FineTuneConfig
@@ -68,6 +69,7 @@ def fine_tune(config: FineTuneConfig) -> dict[str, Any]:
         NonFiniteError: a loss or gradient is not finite.
     """
     _check_output(config)
+    transformers_logging.disable_progress_bar()
     with joined(config.tp_size, config.timeout_seconds) as ranks:
         return Run(config, ranks).run()
 
@@ -104,7 +106,14 @@ class Run:
         )
         self.evaluation = training_data.evaluation_batches(config, self.data, ranks) if config.eval_ppl else ()
         self.checkpoint = training_state.newest(self.output_dir) if config.resume == "auto" else None
-        state = None if self.checkpoint is None else training_state.read(self.checkpoint)
+        self.fixed = {
+            "seed": config.seed,
+            "data.sequence_length": config.data.sequence_length,
+            "samples per step": training_data.global_batch_size(config, ranks),
+        }
+        state = None
+        if self.checkpoint is not None:
+            state = training_state.read(self.checkpoint, config.architecture, self.fixed)
         self.progress = Progress() if state is None else Progress(**state["progress"])
         self.resumed_from = self.progress.step or None
         directory = config.model.init_from if self.checkpoint is None else str(self.checkpoint)
@@ -112,7 +121,7 @@ class Run:
         self._check_vocabulary()
         self.loss: nn.Module = training_model.Loss(self.model, config.precision)
         if ranks.dp_size > 1 and ranks.tp_size == 1:
-            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.loss = DistributedDataParallel(self.loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(
             training_model.parameter_groups(self.model, config.weight_decay),
             lr=0.0,  # set before every step
@@ -232,7 +241,7 @@ class Run:
         return perplexity(loss)
 
     def _save(self) -> None:
-        state = {"step": self.progress.step, "progress": asdict(self.progress)}
+        state = {"step": self.progress.step, "fixed": self.fixed, "progress": asdict(self.progress)}
         self.checkpoint = training_state.save(
             self.model, self.optimizer, self.ranks, self.output_dir,
             self.tokenizer if Path(self.tokenizer).is_dir() else None, state, self.config.keep_last,

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.errors import ConfigError, show
+from mka_megatron.config.from_hf import read_sections
+from mka_megatron.config.hf_sections import SECTIONS, to_json
+from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import gated
 from mka_megatron.hf.ranks import Ranks
 
 STATE = "trainer_state.json"
@@ -32,8 +36,17 @@ def newest(output_dir: Path) -> Path | None:
     return output_dir / f"{_PREFIX}{max(found)}" if found else None
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `state`. Raises ConfigError for a file that is not as it was written."""
+def read(folder: Path, architecture: Config, fixed: dict[str, Any]) -> dict[str, Any]:
+    """What `save` was given as `state`.
+
+    Args:
+        folder: a checkpoint.
+        architecture: whose attention, routing and memory_hierarchy the checkpoint must have.
+        fixed: by key, what must be as state["fixed"] has it.
+
+    Raises:
+        ConfigError: a file that is not as it was written, or a checkpoint of another run.
+    """
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         files, state = content["files"], content["state"]
@@ -43,6 +56,19 @@ def read(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise _damaged(folder, name)
+    sections = read_sections(str(folder))
+    if (sections is not None) != gated(architecture):
+        raise _other(folder, "attention.variant")
+    if sections is not None:
+        attention, routing, memory = sections
+        there = to_json(Config(attention=attention, routing=routing, memory_hierarchy=memory))
+        here = to_json(architecture)
+        for name in SECTIONS:
+            if there[name] != here[name]:
+                raise _other(folder, name)
+    for key, value in fixed.items():
+        if state["fixed"].get(key) != value:
+            raise _other(folder, f"{key} {show(state['fixed'].get(key))}")
     return state
 
 
@@ -106,6 +132,11 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ra
 def _damaged(folder: Path, name: str) -> ConfigError:
     return ConfigError(f"The checkpoint {folder} is not intact: {name} is missing or damaged; remove that directory, or "
                        "choose another output_dir.")
+
+
+def _other(folder: Path, what: str) -> ConfigError:
+    return ConfigError(f"The checkpoint {folder} was written with another configuration ({what}): set it back, or choose "
+                       "another output_dir.")
 
 
 def _optimizer_name(ranks: Ranks) -> str:

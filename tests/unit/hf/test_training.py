@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from mka_megatron.config.fine_tune import FineTuneConfig, load_fine_tune
 from mka_megatron.data.batch import IGNORE
 from mka_megatron.data.prepare import prepare
-from mka_megatron.hf import patch_model
+from mka_megatron.hf import patch_model, training_model
 from mka_megatron.hf.ranks import Ranks
-from mka_megatron.hf.training import Run, fine_tune, learning_rate
+from mka_megatron.hf.training import NonFiniteError, Run, fine_tune, learning_rate
 from mka_megatron.hf.training_data import Inputs, evaluation_batches, training_batches
 from tests.helpers.fine_tuning import FineTuning
 from tests.helpers.launch import ROOT
-from tests.helpers.numerics import assert_same
+from tests.helpers.numerics import assert_bitwise, assert_same
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 
@@ -278,3 +278,48 @@ def test_a_damaged_checkpoint_is_refused(workplace: FineTuning, full: tuple[Path
             fine_tune(config(workplace, out))
     with pytest.raises(ValueError, match=r"resume is none: .*checkpoint-6 is there; move it away"):
         fine_tune(config(workplace, full[0], "resume=none"))
+
+
+@pytest.mark.parametrize(("override", "what"), [
+    ("attention.variant=gqa", r"attention\.variant"), ("attention.fuse=k", "attention"), ("seed=8", "seed 1234"),
+    ("routing.gate_hidden_size=4", "routing"), ("gradient_accumulation=1", "samples per step 4"),
+    ("data.sequence_length=32", r"data\.sequence_length 64"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(
+    override: str, what: str, workplace: FineTuning, full: tuple[Path, dict], tmp_path: Path
+) -> None:
+    shutil.copytree(full[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match=rf"written with another configuration \({what}\): set it back"):
+        fine_tune(config(workplace, tmp_path, override))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workplace: FineTuning, tmp_path: Path) -> None:
+    run = Run(config(workplace, tmp_path), ALONE)
+    with torch.no_grad():
+        run.model.model.norm.weight[3] = math.nan
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    with pytest.raises(NonFiniteError, match="Step 1: the loss is nan and the gradient norm nan; go on from the start"):
+        run.run()
+    for parameter, old in zip(run.model.parameters(), before, strict=True):
+        assert_bitwise(parameter, old)
+
+
+def test_half_precision_and_checkpointed_layers_train(workplace: FineTuning, full: tuple[Path, dict], tmp_path: Path) -> None:
+    """bf16 leaves the weights in fp32; layers computed again give the same bits."""
+    fine_tune(config(workplace, tmp_path / "again", "gradient_checkpointing=true", "deterministic=true"))
+    assert losses(tmp_path / "again") == losses(full[0])
+    torch.use_deterministic_algorithms(False)
+    metrics = fine_tune(config(workplace, tmp_path / "half", "precision=bf16"))
+    kept = AutoModelForCausalLM.from_pretrained(metrics["checkpoint"], dtype="auto")
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32}
+    assert losses(tmp_path / "half") != losses(full[0])
+    assert metrics["train_mean_loss"] == pytest.approx(full[1]["train_mean_loss"], rel=0.01)
+
+
+def test_a_large_vocabulary_is_worked_through_in_pieces(
+    workplace: FineTuning, full: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_model, "_LOGITS", 384 * 50)  # 50 of 128 tokens at a time
+    fine_tune(config(workplace, tmp_path))
+    found, expected = (torch.tensor([float.fromhex(loss) for _, loss, _ in losses(out)]) for out in (tmp_path, full[0]))
+    assert_same(found, expected.double(), 4 * 64)
