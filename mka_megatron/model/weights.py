@@ -44,7 +44,7 @@ def load_hf_weights(model: nn.Module, config: Config, topology: Topology) -> Non
     with _Slices(source) as slices:
         for entry in entries:
             values = _read(entry, slices, topology)
-            with _writable(held[entry.name], topology.dp_cp_group), torch.no_grad():
+            with _writable(held[entry.name]), torch.no_grad():
                 held[entry.name].copy_(values)
 
 
@@ -125,10 +125,11 @@ def _read(entry: Entry, slices: _Slices, topology: Topology) -> Tensor:
     return torch.cat(pieces, dim)
 
 
-def _writable(parameter: Tensor, replicas: dist.ProcessGroup) -> AbstractContextManager:
+def _writable(parameter: Tensor) -> AbstractContextManager:
     """Gather a ZeRO-3 parameter for writing; the first rank of the replica group is the one that is kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters([parameter], modifier_rank=dist.get_process_group_ranks(replicas)[0])
+    # DeepSpeed counts within the group that shares the parameter
+    return GatheredParameters([parameter], modifier_rank=0)
