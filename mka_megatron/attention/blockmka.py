@@ -8,9 +8,12 @@ N chunks of the row, R recalled chunks, L levels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mka_megatron.attention.continued_block import continued_block
 from mka_megatron.attention.inputs import Finish, RouteInputs
 from mka_megatron.config.schema import Config
 from mka_megatron.memory import routing
@@ -91,18 +94,13 @@ def block_core(
     halo_k, halo_v = view.halo(k, v, window - 1)
     pages = None if selected is None else view.pages(selected, halo_k.shape[1] // chunks.size, k, v)
     bias, weights = _bias(logits, selected, chunks, window, config)
-    out = block_attention(
-        q,
-        torch.cat((halo_k, k), dim=1),
-        torch.cat((halo_v, v), dim=1),
-        (before.k, before.v) if levels.l2.enabled else None,
-        pages,
-        bias,
-        chunks=chunks,
-        window=window * chunks.size,
-        scale=scale,
-        backend=memory.backend,
-    )
+    near = torch.cat((halo_k, k), dim=1), torch.cat((halo_v, v), dim=1)
+    far = (before.k, before.v) if levels.l2.enabled else None, pages
+    sizes: dict[str, Any] = {"chunks": chunks, "window": window * chunks.size, "scale": scale}
+    if documents.continued is not None and chunks.count == 1:
+        out = continued_block(q, *near, *far, bias, documents=documents, **sizes)
+    else:
+        out = block_attention(q, *near, *far, bias, **sizes, backend=memory.backend)
     update = Update(
         k.detach(),
         v.detach(),
