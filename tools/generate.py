@@ -93,9 +93,9 @@ def run(arguments: argparse.Namespace, rank: int) -> tuple[str, Generated]:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give at least 1.")
     text = prompt_text(arguments)
-    config = for_inference(load_config(
-        [a for a in arguments.config if "=" not in a], [a for a in arguments.config if "=" in a]
-    ))  # fmt: skip
+    # nothing is packed here: how training lays out documents is not asked for
+    overrides = ["data.reset_at_documents=false", *(a for a in arguments.config if "=" in a)]
+    config = for_inference(load_config([a for a in arguments.config if "=" not in a], overrides))
     from mka_megatron.data.tokenizer import load_tokenizer
     from mka_megatron.inference.generate import generate, remember
     from mka_megatron.inference.sampling import Sampling
