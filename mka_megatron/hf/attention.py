@@ -49,10 +49,10 @@ class MKAAttention(nn.Module):
         for name, module in replaced.named_children():
             self.add_module(name, module)
         self.run = config
-        self.variant = VARIANTS[config.attention.variant]
         self.head_dim = config.model.head_dim
         self.scale = self.head_dim**-0.5
-        levels, core_levels = self.variant.levels(config), self.variant.core_levels(config)
+        variant = VARIANTS[config.attention.variant]
+        levels, core_levels = variant.levels(config), variant.core_levels(config)
         self.route = Route(config, levels, core_levels) if max(levels, core_levels) > 1 else None
         self._chosen: dict[tuple[torch.dtype, str], Backends] = {}
         self.recalls = recalls(config)
@@ -76,7 +76,7 @@ class MKAAttention(nn.Module):
             def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
                 return apply_rope(x, *((at.cos, at.sin) if positions is None else at.rope(x, positions)))
 
-            return self.variant.attend(
+            return VARIANTS[self.run.attention.variant].attend(
                 q, k, v, finish=Finish(self._norm("q_norm"), self._norm("k_norm"), rotate),
                 route=None if route is None else replace(route, logits=logits, core=of_core),
                 documents=at.documents, scale=self.scale, config=self.run,

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import Config
 from mka_megatron.hf.configuration import run_config
 from mka_megatron.memory.generation import Generation, open_pages
@@ -33,7 +34,7 @@ class MKACache(Cache):
         ssd_path: directory for what exceeds it; None: nothing may.
         device_gib: budget of the hot pages kept on the device.
 
-    Raises ConfigError at the first pass where the tiers cannot be used so.
+    Raises ConfigError for a directory without a budget, and at the first pass where the tiers cannot be used so.
     """
 
     def __init__(
@@ -159,6 +160,9 @@ def adopted(cache: Cache | None, config: PreTrainedConfig) -> MKACache:
 
 
 def _placed(config: Config, dram_gib: float | None, ssd_path: str | Path | None, device_gib: float) -> Config:
+    if ssd_path is not None and dram_gib is None:
+        raise ConfigError(f"ssd_path is {ssd_path}: nothing would reach the disk while host memory has no limit; give "
+                          "dram_gib too.")
     memory = config.memory_hierarchy
     l3 = dataclasses.replace(
         memory.l3, dram_pool_gib=dram_gib, hbm_pool_gib=device_gib, placement="dram" if ssd_path is None else "ssd"

@@ -83,7 +83,7 @@ class _Decoder(_Initialized):
         Args:
             past_key_values: an MKACache, or an empty DynamicCache, which becomes one. What is remembered has no
                 gradient: it is made without one.
-            use_cache: None: as the config says, but not where gradients are on.
+            use_cache: None: as the config says, but not where gradients are on or documents are packed.
             prompt_columns: columns of the prompt, at whose end the open chunk is closed; None: with a cache it ends
                 before the first pass of one column, without one there is no such end.
         """
@@ -95,12 +95,15 @@ class _Decoder(_Initialized):
             inputs_embeds = self.embed_tokens(input_ids)
         if isinstance(attention_mask, dict):
             attention_mask = attention_mask["full_attention"]
+        packed = attention_mask is None and _begins_again(position_ids)
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
         if past_key_values is None and not use_cache:
             inputs: Whole | Step = self._whole(inputs_embeds, attention_mask, position_ids, prompt_columns)
         elif self.training and torch.is_grad_enabled():
             raise ValueError("a cache has no gradients: leave past_key_values and use_cache out of training.")
+        elif packed:
+            raise ValueError("position_ids begin again within a row: packed documents have no cache; pass use_cache=False.")
         else:
             past_key_values = adopted(past_key_values, self.config)
             inputs = self._step(inputs_embeds, attention_mask, past_key_values, prompt_columns)
@@ -171,6 +174,9 @@ class _CausalLM(_Initialized, GenerationMixin):
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation is {kind}: memory levels grow and have tiers of their own; leave it out, "
                              "and give cache_config={'dram_gib': ..., 'ssd_path': ...} to keep pages off the device.")
+        if len(set(getattr(self, "hf_device_map", {}).values())) > 1 and generation_config.use_cache:
+            raise ValueError("device_map spreads the model over devices: its cache lies on one; load it on one, or pass "
+                             "use_cache=False.")
         given = model_kwargs.get("past_key_values")
         if given is not None:
             model_kwargs["past_key_values"] = adopted(given, self.config)
@@ -223,6 +229,10 @@ OURS: dict[type, type] = {
     LlamaForCausalLM: MKALlamaForCausalLM,
 }
 """transformers' classes -> ours."""
+
+
+def _begins_again(position_ids: Tensor | None) -> bool:
+    return position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def adopt(model: PreTrainedModel) -> None:

@@ -51,7 +51,7 @@ def test_tokens_are_those_without_a_cache(way, model):
     assert torch.equal(tokens_of(model, **WAYS[way]), tokens_of(model, use_cache=False, **WAYS[way]))
 
 
-@pytest.mark.parametrize("width", [1, 9, 36])
+@pytest.mark.parametrize("width", [9, 36])
 def test_a_prompt_in_pieces(width, model, greedy):
     """36 leaves one column for the last piece, which is no step of the generation."""
     assert torch.equal(tokens_of(model, prefill_chunk_size=width, max_new_tokens=5), greedy[:, : 37 + 5])
@@ -127,6 +127,8 @@ def test_pages_on_host_and_disk_give_the_same(paged, tmp_path):
     assert not any(path.suffix == ".pages" for path in tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match="dram_pool_gib"):
         tokens_of(paged, cache_config={"dram_gib": 1e-9})
+    with pytest.raises(ConfigError, match="give dram_gib too"):
+        MKACache(paged.config, ssd_path=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,13 @@ def test_filled_and_static_caches_are_refused(block):
             tokens_of(block, past_key_values=cache)
 
 
+def test_a_model_on_several_devices_has_no_cache(block):
+    block.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "meta"}
+    with pytest.raises(ValueError, match="device_map spreads"):
+        tokens_of(block)
+    del block.hf_device_map
+
+
 def test_nothing_is_taken_back(block):
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         tokens_of(block, TOKENS[:1, :20], LEFT[1:, :20], prompt_lookup_num_tokens=3)
@@ -165,6 +174,14 @@ def test_gradients_and_caches_exclude_each_other(block):
     with pytest.raises(ValueError, match="no gradients"):
         block(TOKENS, use_cache=True)
     block.eval()
+
+
+def test_packed_documents_have_no_cache(block):
+    positions = torch.arange(96).remainder(40)[None]
+    with torch.no_grad():
+        assert block(TOKENS, position_ids=positions).past_key_values is None
+        with pytest.raises(ValueError, match="packed documents have no cache"):
+            block(TOKENS, position_ids=positions, use_cache=True)
 
 
 def test_another_number_of_rows_is_refused(block):

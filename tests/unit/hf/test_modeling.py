@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,6 +109,17 @@ def test_labels_and_hidden_states_as_everywhere():
         model(TOKENS, output_attentions=True)
     with pytest.raises(ValueError, match="exactly one"):
         model()
+
+
+def test_a_copy_is_the_same_model():
+    model = patched("qwen2", VARIANTS["fastmka over blocks"])
+    before = logits_of(model)
+    again = copy.deepcopy(model)
+    assert_bitwise(logits_of(again), before)
+    with torch.no_grad():
+        again.model.layers[0].self_attn.route.beta.add_(1)
+    assert not torch.equal(logits_of(again), before)
+    assert_bitwise(logits_of(model), before)
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "llama"])

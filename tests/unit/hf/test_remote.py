@@ -36,7 +36,8 @@ for directory in sys.argv[1:]:
         with torch.no_grad():
             results[f"{directory} logits {times}"] = model(tokens).logits
         results[f"{directory} tokens {times}"] = model.generate(
-            tokens[:, :19], max_new_tokens=7, do_sample=False, pad_token_id=0)
+            tokens[:, :67], max_new_tokens=7, do_sample=False, pad_token_id=0,
+            cache_config={"dram_gib": 1e-4, "ssd_path": str(Path("spill").resolve())})
         model.save_pretrained(f"{directory}-again")
         model = AutoModelForCausalLM.from_pretrained(f"{directory}-again", trust_remote_code=True)
 save_file(results, "results.safetensors")
@@ -51,7 +52,7 @@ def test_a_machine_without_the_package_loads_and_saves_it(tmp_path):
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():
             logits = model(TOKENS).logits
-        tokens = model.generate(TOKENS[:, :19], max_new_tokens=7, do_sample=False, pad_token_id=0)
+        tokens = model.generate(TOKENS[:, :67], max_new_tokens=7, do_sample=False, pad_token_id=0)
         for times in ("once", "again"):
             wanted |= {f"{name} logits {times}": logits, f"{name} tokens {times}": tokens}
     save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
