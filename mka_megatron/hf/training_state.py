@@ -94,7 +94,7 @@ def save(
         temporary.mkdir(parents=True)
     ranks.barrier()
     if ranks.tp_size > 1 or ranks.rank == 0:  # sharded weights are gathered from every rank
-        model.save_pretrained(temporary, is_main_process=ranks.rank == 0)
+        model.save_pretrained(temporary, is_main_process=ranks.rank == 0, state_dict=_untied(model))
     if ranks.tp_size > 1 or ranks.rank == 0:
         content = {"optimizer": _local(optimizer.state_dict()), "rng": _rng()}
         torch.save(content, temporary / _optimizer_name(ranks))
@@ -127,6 +127,13 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ra
     torch.set_rng_state(content["rng"]["cpu"])
     if ranks.device.type == "cuda" and content["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(content["rng"]["cuda"])
+
+
+def _untied(model: nn.Module) -> dict[str, Any]:
+    """The model's state with every tied weight once: gathered from ranks, its names would be tensors of their own."""
+    once = {name for name, _ in model.named_parameters()}
+    repeated = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in repeated}
 
 
 def _damaged(folder: Path, name: str) -> ConfigError:
