@@ -71,9 +71,10 @@ def footprint(memory: Generation, store: TierStore | None) -> Footprint:
 def read_per_token(config: Config, prompt: int, new: range, itemsize: int) -> float:
     """Bytes of keys and values that the attention of a new token must read, of one row and all layers.
 
-    Counted from the layout, whatever an implementation reads besides. Dense core: every token so far, of every level
-    that is attended on its own; under L3 the means of R chunks. Block core: the window's tokens, a summary of every chunk
-    before it, R chunks at most. Itself included; codes not, which are looked at once for a chunk.
+    Counted from the layout, whatever an implementation reads besides. Dense core: every token so far, itself included,
+    of every level that is attended on its own (mla: its latent and rotary key); under L3 the means of R chunks. Block
+    core: the window's tokens, a summary of every chunk before it, R chunks at most. Codes are looked at once for a
+    chunk and do not count.
 
     Args:
         prompt: tokens before the new ones, whose open chunk is closed at its end.
@@ -81,16 +82,14 @@ def read_per_token(config: Config, prompt: int, new: range, itemsize: int) -> fl
         itemsize: bytes of a number.
     """
     model, memory, variant = config.model, config.memory_hierarchy, VARIANTS[config.attention.variant]
-    channels = 2 * model.head_dim
+    channels = 2 * model.head_dim * effective_kv_heads(config.attention.variant, model)
     if variant.projection == "latent":
-        mla = config.attention.mla
-        channels = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
+        channels = config.attention.mla.kv_lora_rank + config.attention.mla.qk_rope_head_dim
     size = memory.l1.chunk_size
     levels = variant.levels(config) if variant.attends_each_level else 1
-    heads = effective_kv_heads(config.attention.variant, model)
 
     def vectors(token: int) -> int:
-        """Key-value pairs of a KV head."""
+        """Tokens, summaries and means that are seen."""
         if not block_core(config):
             # the last level of three has no keys in the first chunk
             late = min(size, prompt) if recalls(config) and levels > 1 else 0
@@ -106,14 +105,14 @@ def read_per_token(config: Config, prompt: int, new: range, itemsize: int) -> fl
         recalled = min(memory.l3.recalled_chunks, past) * size if recalls(config) else 0
         return tokens + past * memory.l2.enabled + recalled
 
-    return model.num_layers * heads * channels * itemsize * sum(map(vectors, new)) / len(new)
+    return model.num_layers * channels * itemsize * sum(map(vectors, new)) / len(new)
 
 
 def _bytes(layer: Remembered, name: str, longest: int) -> int:
     if name != "caches":
         return sum(x.nbytes for x in _tensors(getattr(layer, name)))
-    # [B, >= T, G, d], of which T are taken
-    return sum(x[:, :longest].nbytes for x in _tensors(layer.caches))
+    # [B, >= T, G, d], of which T are taken; mla's keys are its values
+    return sum(x[:, :longest].nbytes for x in {id(x): x for x in _tensors(layer.caches)}.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

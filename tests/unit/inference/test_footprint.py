@@ -16,7 +16,7 @@ LAYERS, HEADS, GROUPS, D, FP32, FP64 = 2, 4, 2, 16, 4, 8  # of TINY
 CHUNK, WINDOW, RECALLED, QUERIES = 4, 8, 2, 16
 BATCH, PROMPT = 3, 22
 CHUNKS = 6  # the last one of 2 tokens
-LATENT = ["attention.mla.qk_nope_head_dim=24", "attention.mla.v_head_dim=20"]  # and a rotary key of 8 in TINY
+LATENT = 16 + 8  # and a rotary key
 PAGE = 832  # a head of 128 bytes, a code of 8, 2 * (4 + 1) * 16 numbers of 4 and a checksum of 8; in units of 64
 EMA = 2 * GROUPS * D * FP32
 
@@ -24,7 +24,7 @@ PER_ROW = {
     "mha": {"tokens": PROMPT * 2 * HEADS * D * FP32},
     "mqa": {"tokens": PROMPT * 2 * D * FP32},
     "gqa": {"tokens": PROMPT * 2 * GROUPS * D * FP32},
-    "mla": {"tokens": PROMPT * HEADS * (24 + 8 + 20) * FP32},
+    "mla": {"tokens": PROMPT * LATENT * FP32},
     "mka-output": {"tokens": 2 * PROMPT * 2 * GROUPS * D * FP32, "state": EMA},
     "fastmka": {"tokens": PROMPT * 2 * GROUPS * D * FP32, "state": EMA},
     "blockmka": {
@@ -41,7 +41,7 @@ PER_ROW = {
 
 @pytest.mark.parametrize("variant", PER_ROW)
 def test_bytes_kept_are_those_of_the_shapes(variant: str, topology) -> None:
-    config = load_config([], [*TINY, *LATENT, *CASES[variant]])
+    config = load_config([], [*TINY, *CASES[variant]])
     model = build_model(config, topology, VOCAB).eval()
     store = open_pages(config, torch.float32, topology.device, run="test")
     memory = remember(model, config, topology, BATCH, store)
@@ -84,7 +84,7 @@ def test_bytes_read_of_the_block_core(prompt: int) -> None:
     ("variant", "numbers"),
     [
         ("mqa", 23 * 2 * D),
-        ("mla", 23 * HEADS * (24 + 8 + 20)),
+        ("mla", 23 * LATENT),
         ("mka-output", 2 * 23 * GROUPS * 2 * D),
         ("fastmka", 23 * GROUPS * 2 * D),
         ("fastmka-l3", (23 + RECALLED) * GROUPS * 2 * D),
@@ -92,5 +92,5 @@ def test_bytes_read_of_the_block_core(prompt: int) -> None:
     ],
 )
 def test_bytes_read_of_the_dense_core(variant: str, numbers: int) -> None:
-    config = load_config([], [*TINY, *LATENT, *CASES[variant]])
+    config = load_config([], [*TINY, *CASES[variant]])
     assert read_per_token(config, PROMPT, range(1), itemsize=4) == LAYERS * numbers * 4
