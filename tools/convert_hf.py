@@ -27,7 +27,7 @@ from mka_megatron.config.errors import ConfigError
 from mka_megatron.conversion.hub import local
 from mka_megatron.conversion.stream import Report
 from mka_megatron.files import manifest
-from mka_megatron.files.source import CONFIG, LARGEST_CONFIG, Source
+from mka_megatron.files.source import CONFIG, LARGEST_CONFIG, Source, open_source
 
 FASTMKA = Path(__file__).parents[1] / "configs" / "attention" / "fastmka.yaml"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,9 +42,10 @@ output, which one sentence says. After any failure nothing is left of the output
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=_EXIT, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|strip|verify")
-    add = commands.add_parser("import", help="Hugging Face model -> the same with MKA, function-preserving",
-                              description="Add MKA's tensors to a Qwen2/2.5, Qwen3 or Llama 3 model. At the start it computes "
-                              "what it did (variants with a blend or the block core; docs/attention.md).")
+    add = commands.add_parser("import", help="Hugging Face model -> the same with MKA",
+                              description="Add MKA's tensors to a Qwen2/2.5, Qwen3 or Llama 3 model. Until it is trained, dense "
+                              "fastmka and mka (mixture output) compute what the model did, and the block core as far as its "
+                              "window reaches.")
     add.add_argument("model", help="directory or hub name (owner/model) with safetensors")
     add.add_argument("output", type=Path, help="directory that does not exist yet or is empty")
     add.add_argument("config", nargs="*", metavar="CONFIG", help="YAML files and section.key=value overrides, as for training; "
@@ -87,6 +88,8 @@ def _import(args: argparse.Namespace) -> int:
     from mka_megatron.conversion.importing import import_model
     from mka_megatron.hf.remote import write_remote_code
 
+    if not 0 <= args.seed < 2**63:
+        raise ConfigError(f"--seed is {args.seed}: it must be at least 0 and less than 2**63.")
     overrides = [argument for argument in args.config if "=" in argument]
     paths = [argument for argument in args.config if "=" not in argument]
     source = import_model(local(args.model), args.output, paths or [FASTMKA], overrides, seed=args.seed,
@@ -129,6 +132,7 @@ def _verify(args: argparse.Namespace) -> int:
     transformers.utils.logging.disable_progress_bar()
     directories = [local(args.model), local(args.other)]
     for directory in directories:
+        open_source(directory)
         manifest.verify(directory)
     config = read_object(directories[0] / CONFIG, LARGEST_CONFIG)
     vocabulary = config.get("vocab_size")

@@ -1,6 +1,7 @@
-"""Weights from file to file in one pass: the kernel copies a block while another thread hashes it and looks at its values.
+"""Weights from file to file in one pass: the kernel copies a block while another thread hashes the one before and looks
+at its values.
 
-The block is read from the disk once: both find it in the page cache. Nothing here waits for the disk: `publish` does, at the end.
+A block is read from the disk once: the second time it is in the page cache. Nothing here waits for the disk: `publish` does, at the end.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ class Mover:
             looked: deque[Future[None]] = deque()
             try:
                 for block in _blocks(pieces):
-                    looked.append(self._pool.submit(self._look, digest, stream.fileno(), source, block))
                     for piece in block:
                         if piece.kept:
                             _copy(stream.fileno(), out.fileno(), piece.begin, piece.end, source)
+                    looked.append(self._pool.submit(self._look, digest, stream.fileno(), source, block))
                     size += block[-1].end - block[0].begin
                     self._report(block[-1].end - block[0].begin)
                     if len(looked) > _BEHIND:
@@ -116,6 +117,8 @@ class Mover:
                 if not _finite(chunk, piece.dtype, self._scratch):
                     raise ConfigError(f"tensor {show(piece.tensor)} in {source} has a value that is not finite; copy or train "
                                       "the model again.")
+        # it is not needed in the page cache any more, where what is written needs room
+        os.posix_fadvise(descriptor, block[0].begin, block[-1].end - block[0].begin, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def test_one_sentence_and_exit_code_2(tool, tmp_path, monkeypatch):
         (("import", x, x), "not empty"), (("strip", x, tmp_path / "y"), "nothing to strip"),
         (("import", tmp_path / "none", tmp_path / "y"), "does not exist"), (("export", x, tmp_path / "y"), "manifest.json"),
         (("import", "owner/model", tmp_path / "y"), "the network"), (("import", x, tmp_path / "y", "routing.scope=word"), "routing.scope"),
-        (("verify", x, tmp_path / "none"), "does not exist"),
+        (("verify", x, tmp_path / "none"), "does not exist"), (("import", x, tmp_path / "y", "--seed", -1), "--seed"),
+        (("export", x, tmp_path / "y", "--shard-gb", "nan"), "--shard-gb"),
     ):
         code, out, error = tool(*arguments)
         assert (code, out) == (2, "") and words in error and error.count("\n") == 1 and "Traceback" not in error
