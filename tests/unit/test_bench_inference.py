@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -40,6 +41,25 @@ def test_cells_are_measured_and_a_failing_one_does_not_stop_the_others(tmp_path:
         assert bench_inference.line(each) in done.stdout
     assert cells[1]["kv_cache_bytes"]["device"] == 4 * cells[0]["kv_cache_bytes"]["device"] == 4 * 2 * 100 * 2 * 2 * 16 * 4
     assert cells[2]["kv_cache_bytes"]["dram"] > 2 * 2 * 2 * 64 * 2 * 16 * 4
+
+
+def test_a_process_that_dies_costs_its_cell_only(monkeypatch) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(bench_inference.multiprocessing, "get_context", lambda method: fork)
+
+    def work(sender, config, cells, arguments) -> None:
+        sender.send({"machine": len(cells)})
+        for batch, _ in cells:
+            if batch == 2:
+                os._exit(9)
+            sender.send({"ms_per_token": batch})
+
+    monkeypatch.setattr(bench_inference, "work", work)
+    found = list(bench_inference.in_a_process(None, [(1, 8), (2, 8), (3, 8)], None))  # type: ignore[arg-type]
+    assert [each.get("machine") for each in found if "machine" in each] == [3, 1]
+    first, dead, last = [each for each in found if "machine" not in each]
+    assert (first["ms_per_token"], last["ms_per_token"]) == (1, 3) and (dead["batch"], dead["seq"]) == (2, 8)
+    assert "code 9" in dead["error"]
 
 
 def test_the_papers_protocol_is_its_grid(capsys) -> None:
