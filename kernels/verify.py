@@ -217,7 +217,7 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(
-            "verify.py: PyTorch sees no CUDA device: run it on a machine with a GPU (sm_80 or later).",
+            "verify.py: PyTorch sees no CUDA device: run it on a machine with a GPU (sm_80 to sm_90).",
             file=sys.stderr,
         )
         return 2

@@ -79,7 +79,7 @@ def _series(record: dict[str, Any], op: str, value: Callable[[dict[str, Any]], d
 def _draw(axes: Any, op: str, unit: str, lines: Series) -> None:
     for name, points in lines.items():
         dashed = any(name.startswith(f"{other}, ") for other in lines)
-        axes.plot(*zip(*points, strict=True), "--" if dashed else "-o", linewidth=1, markersize=4, label=name)
+        axes.plot(*zip(*points, strict=True), "--x" if dashed else "-o", linewidth=1, markersize=4, label=name)
     axes.set(title=op, xlabel="S (tokens)", ylabel=unit, xscale="log", yscale="log" if unit == "ms" else "linear")
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)

@@ -24,8 +24,8 @@ from mka_megatron.config.errors import refuse
 PATH = Path(__file__).parent / "_lib" / "libmka.so"
 SOURCES = Path(__file__).parents[2] / "kernels"
 """The sources, in a checkout."""
-CAPABILITY = (8, 0)
-"""The oldest GPU that the library has code for."""
+CAPABILITIES = {8: "sm_80 to sm_89", 9: "sm_90"}
+"""Major compute capabilities that the library has code for, without PTX for later ones."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of c_api.h."""
 
@@ -92,11 +92,8 @@ def available() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "PyTorch sees no CUDA device."
     major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < CAPABILITY:
-        return (
-            False,
-            f"the GPU is sm_{major}{minor}: the kernels need sm_{CAPABILITY[0]}{CAPABILITY[1]} or later.",
-        )
+    if major not in CAPABILITIES:
+        return False, f"the GPU is sm_{major}{minor}: the kernels have code for {' and '.join(CAPABILITIES.values())}."
     try:
         library()
     except LibraryError as error:

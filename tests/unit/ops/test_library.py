@@ -93,6 +93,20 @@ def test_with_a_gpu_the_kernels_run_what_they_cover(
         choose("cuda", "cuda", "no size 32")
 
 
+@pytest.mark.parametrize(
+    ("capability", "told"),
+    [((7, 5), "the GPU is sm_75: the kernels have code for sm_80 to sm_89 and sm_90."), ((10, 0), "the GPU is sm_100"),
+     ((8, 6), ""), ((9, 0), "")],
+)  # fmt: skip
+def test_gpus_without_code(capability: tuple[int, int], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older or a later GPU would find no kernel in the library."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(library, "library", lambda: None)
+    there, why = library.available.__wrapped__()
+    assert there == (told == "") and why.startswith(told)
+
+
 def test_arguments_are_checked() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="k is on cpu: it must be on a CUDA device"):
