@@ -10,7 +10,9 @@ the step, save and exit with 0; the same command goes on. Exit codes: 0 finished
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -74,10 +76,14 @@ def run(config: FineTuneConfig) -> int:
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")  # Megatron's data reader, of what it lacks
     from mka_megatron.hf.training import NonFiniteError, fine_tune
 
+    rank = int(os.environ.get("RANK", 0))
     try:
-        fine_tune(config)
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries say is not the result
+            metrics = fine_tune(config)
     except NonFiniteError as error:
-        return refused(error, int(os.environ.get("RANK", 0)), 1)
+        return refused(error, rank, 1)
+    if rank == 0:
+        print(json.dumps(metrics, indent=2), flush=True)
     return 0
 
 

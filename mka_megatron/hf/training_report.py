@@ -1,4 +1,4 @@
-"""What a fine-tuning run writes: losses.jsonl, TensorBoard, progress on stderr, and metrics.json, which stdout gets too.
+"""What a fine-tuning run writes: losses.jsonl, TensorBoard, progress on stderr, and metrics.json.
 
 TensorBoard's names are those of the Megatron training ("lm loss", "learning-rate", "lm loss validation ppl", ...).
 """
@@ -82,13 +82,12 @@ class Report:
             print(line, file=sys.stderr, flush=True)
 
     def finish(self, metrics: dict[str, Any], config: dict[str, Any]) -> None:
-        """Print `metrics` and write them, with the configuration, to metrics.json."""
+        """Write `metrics`, with the configuration, to metrics.json."""
         if not self._writes:
             return
         partial = self._output_dir / ".metrics.json.writing"
         partial.write_text(json.dumps({**metrics, "config": config}, indent=2, allow_nan=False) + "\n")
         os.replace(partial, self._output_dir / "metrics.json")
-        print(json.dumps(metrics, indent=2, allow_nan=False), flush=True)
 
     def close(self) -> None:
         """Close the files and the bar."""
