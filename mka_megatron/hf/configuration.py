@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.errors import ConfigError, show
 from mka_megatron.config.hf_sections import from_json, to_json
 from mka_megatron.config.schema import Config, ModelConfig
-from mka_megatron.config.variants import HAS_HF_WEIGHTS, effective_kv_heads
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -79,10 +79,10 @@ def run_config(config: PreTrainedConfig) -> Config:
 
 
 def _check(config: PreTrainedConfig, variant: str, model: ModelConfig) -> None:
-    if variant not in HAS_HF_WEIGHTS:
+    if VARIANTS[variant].projection != "grouped":
         raise ConfigError(f"attention.variant is {variant}: {config.model_type} has grouped projections; use gqa, mka, "
                           "fastmka or blockmka.")
-    if effective_kv_heads(variant, model) != model.num_kv_heads:
+    if VARIANTS[variant].kv_heads(model) != model.num_kv_heads:
         raise ConfigError(f"attention.variant is {variant}: the model has {model.num_kv_heads} KV heads for "
                           f"{model.num_attention_heads} query heads; use gqa, mka, fastmka or blockmka.")
     if config.attention_dropout:
