@@ -13,7 +13,7 @@ from mka_megatron.config import hf_sections
 from mka_megatron.config.errors import ConfigError, refuse
 from mka_megatron.config.load import load_attention
 from mka_megatron.config.schema import Config
-from mka_megatron.config.variants import GATED
+from mka_megatron.config.variants import gated
 from mka_megatron.conversion import families
 from mka_megatron.conversion.publish import check_output, published
 from mka_megatron.conversion.route import route_tensors
@@ -61,7 +61,7 @@ def import_model(directory: Path, output: Path, paths: Sequence[str | Path] = ()
     source = open_source(directory)
     _check_plain(source)
     config = load_attention(directory, paths, overrides)
-    if config.attention.variant not in GATED:
+    if not gated(config):
         raise refuse("attention.variant", config.attention.variant, "it adds nothing to the model; use mka, fastmka or blockmka")
     shapes = added_shapes(config, families.check_tensors(source, config.model))
     weights = sum(header.size for header in source.weights.values()) + sum(map(_bytes, shapes.values()))

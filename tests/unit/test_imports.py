@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"attention", "ops", "memory", "config", "data"},
     "model": {"attention", "parallel", "files", "ops", "memory", "config"},
     "inference": {"model", "attention", "parallel", "ops", "memory", "config"},
-    "conversion": {"training", "model", "files", "attention", "ops", "memory", "config"},
+    "conversion": {"training", "model", "parallel", "files", "attention", "ops", "memory", "config"},
     "training": {"attention", "parallel", "ops", "memory", "config", "model", "data"},
 }
 MEGATRON = {"model", "parallel"}
