@@ -207,7 +207,7 @@ def built(config: Config, topology: Topology, tokenizer: Tokenizer, checkpoint: 
 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=None))
     model = build_model(config, topology, size)
-    load_weights(model, checkpoint, config, topology)
+    load_weights(model, checkpoint, config, topology.tp_rank)
     return model.eval()
 
 

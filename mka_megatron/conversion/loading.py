@@ -14,17 +14,17 @@ from mka_megatron.conversion.exporting import assemble
 from mka_megatron.conversion.shards import Shards
 from mka_megatron.model.gpt import GPT
 from mka_megatron.model.hf_table import Entry, hf_table, hf_tensors
-from mka_megatron.parallel.groups import Topology
 from mka_megatron.training.manifest import Checkpoint
 
 
-def load_weights(model: GPT, checkpoint: Checkpoint, config: Config, topology: Topology) -> None:
+def load_weights(model: GPT, checkpoint: Checkpoint, config: Config, tp_rank: int) -> None:
     """Fill `model`, one tensor at a time.
 
     Args:
         model: built from `config`, not partitioned by ZeRO.
         checkpoint: verified.
         config: the checkpoint's model under this run's tensor-parallel size, which may be another.
+        tp_rank: of this process among those.
 
     Raises:
         ConfigError: the files are not those of this model, or the variant cannot change its tensor-parallel size.
@@ -36,7 +36,7 @@ def load_weights(model: GPT, checkpoint: Checkpoint, config: Config, topology: T
         if _kept(model, name)
     }
     with torch.no_grad():
-        if ranks == topology.tp_size:
+        if ranks == config.parallel.tensor_parallel:
             shards = Shards(
                 checkpoint,
                 {name: _entry(name, tensor, ranks) for name, tensor in held.items()},
@@ -44,7 +44,7 @@ def load_weights(model: GPT, checkpoint: Checkpoint, config: Config, topology: T
             )
             for name, tensor in held.items():
                 if name in shards:
-                    fragments = list(shards.fragments(name, topology.tp_rank, 0, tensor.numel()))
+                    fragments = list(shards.fragments(name, tp_rank, 0, tensor.numel()))
                     tensor.copy_(torch.cat(fragments).view(tensor.shape))
             return
         theirs = dataclasses.replace(
@@ -56,13 +56,13 @@ def load_weights(model: GPT, checkpoint: Checkpoint, config: Config, topology: T
         sources = hf_tensors(table)
         for entry in _table(config, vocab_size).values():
             if entry.name in shards:
-                held[entry.name].copy_(_part(entry, sources, shards, held[entry.name], topology))
+                held[entry.name].copy_(_part(entry, sources, shards, held[entry.name], tp_rank))
 
 
-def _part(entry: Entry, sources: dict, shards: Shards, like: Tensor, topology: Topology) -> Tensor:
-    """This rank's part of a parameter, vocabulary padding zero."""
-    shape, dim = entry.shard(topology.tp_size), entry.dim
-    start = topology.tp_rank * shape[dim] if entry.split else 0
+def _part(entry: Entry, sources: dict, shards: Shards, like: Tensor, tp_rank: int) -> Tensor:
+    """This rank's part of a parameter, shaped like `like`; vocabulary padding zero."""
+    shape, dim = like.shape, entry.dim
+    start = tp_rank * shape[dim] if entry.split else 0
     pieces = [
         assemble(sources[run.source], shards, like.dtype).narrow(dim, run.start, run.length)
         for run in entry.cut(start, shape[dim])
