@@ -18,6 +18,7 @@ import torch
 from mka_megatron.ops.recall import cuda
 from tests.helpers.host_kernels import register_recall
 from tests.helpers.host_route_fuse import run_on_host
+from tests.helpers.numerics import assert_same
 from tests.unit.kernels.conftest import REPOSITORY
 
 KERNELS = REPOSITORY / "kernels"
@@ -74,6 +75,12 @@ def test_the_fusion_section_on_the_host(
     assert [c["case"] for c in found["checks"] if not c["passed"]] == []
     assert [t["case"] for t in found["timings"]] == ["forward", "backward"]
     assert verify.passed(record)
+    # what is compiled as a peer computes the same
+    module = verify.section("route_fuse")
+    inputs = module.Inputs.draw(torch.device("cpu"), 300, dtype=torch.float32)
+    given = (inputs.logits, inputs.beta, *(x for s in inputs.streams for x in (s.x, s.decay)))
+    for peer, exact in zip(module._doubled(*given), module._specified(inputs.rows, *given), strict=True):
+        assert_same(peer, exact, 300)
 
 
 def test_the_layers_section_on_the_host(
