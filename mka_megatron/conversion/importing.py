@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config import hf_sections
 from mka_megatron.config.errors import ConfigError, refuse
 from mka_megatron.config.load import load_attention
