@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mka_megatron.config.hf_sections import PLACEMENT
 from mka_megatron.parallel import rng
 from mka_megatron.training import manifest, swapped
 from mka_megatron.training.engine import Engine
@@ -31,12 +32,8 @@ _TAG = "deepspeed"
 _PREFIX = "step-"
 _TEMPORARY = ".tmp-"
 _MODEL_SECTIONS = ("model", "attention", "routing", "memory_hierarchy")
-_FREE_TO_CHANGE = (
-    "model.init_from", "routing.beta_init", "memory_hierarchy.ssd_spill_path", "memory_hierarchy.l3.placement",
-    "memory_hierarchy.l3.hbm_pool_gib", "memory_hierarchy.l3.dram_pool_gib", "memory_hierarchy.l3.ssd_pool_gib",
-    "memory_hierarchy.l3.when_full",
-)  # fmt: skip
-"""Keys that only the start reads, or that say where pages lie and not what they hold."""
+_FREE_TO_CHANGE = ("model.init_from", *PLACEMENT)
+"""Keys that only the start reads, or that say where things lie and are computed, not what they are."""
 
 
 def save(engine: Engine, output_dir: str | Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
