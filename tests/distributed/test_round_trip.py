@@ -28,8 +28,12 @@ TRAINING = [
     "training.min_learning_rate=1e-3", "training.eval_interval=0", "training.eval_batches=1", "training.save_interval=0",
 ]  # fmt: skip
 ELSEWHERE = """
-import importlib.util, sys
-assert importlib.util.find_spec("mka_megatron") is None
+import sys
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mka_megatron":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NotInstalled())
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)

@@ -20,9 +20,13 @@ from tests.helpers.hf_checkpoints import TOKENS
 from tests.helpers.hf_patched import VARIANTS, patched
 
 ELSEWHERE = """
-import importlib.util, sys
+import sys
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mka_megatron":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NotInstalled())
 from pathlib import Path
-assert importlib.util.find_spec("mka_megatron") is None
 for name in ("pydantic", "megatron", "deepspeed", "xxhash"):
     sys.modules[name] = None
 import torch
