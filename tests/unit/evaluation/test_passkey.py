@@ -103,7 +103,7 @@ def test_the_tool_reports_what_it_says(topology, tmp_path: Path) -> None:
     from tools import passkey
 
     config = load_config("configs/run/passkey.yaml", [*TINY, f"training.output_dir={tmp_path}"])
-    figures = passkey.measure(config, 3, topology)
+    figures = passkey.measure(config, 3, 0, topology)
     assert list(figures["accuracy"]) == [
         "with L3", "with L3, 64-bit codes", "with L3, 128-bit codes", "with L3, 256-bit codes",
         "with L3, exact selection", "the same weights, L3 hidden", "trained without L3"]  # fmt: skip
@@ -120,7 +120,7 @@ def test_the_answer_begins_a_chunk(tmp_path: Path) -> None:
 
     config = load_config("configs/run/passkey.yaml", [*TINY, f"training.output_dir={tmp_path}"])
     tokenizer = passkey.passkey_tokenizer(tmp_path / "tokenizer")
-    trials, sources = passkey.write_data(config, tokenizer, 20, tmp_path / "data")
+    trials, sources = passkey.write_data(config, tokenizer, 20, 0, tmp_path / "data")
     data = prepare(passkey.stage_data(config, sources[-1], tokenizer, tmp_path), progress=False)
     packing = Packing(data.valid[0], sequence_length=288, chunk_size=16, split_documents=False, seed=None)
     assert len(packing) == len(trials) == 20
