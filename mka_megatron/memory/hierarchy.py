@@ -235,12 +235,7 @@ class SegmentView:
         known = self._known
         if known is None:
             return local
-        signature = None
-        if known.signature is not None and local.signature is not None:
-            signature = torch.cat((known.signature, local.signature), dim=1)
-        return Summaries(
-            torch.cat((known.summary_k, local.k), dim=1), torch.cat((known.summary_v, local.v), dim=1), signature
-        )
+        return Summaries(known.summary_k, known.summary_v, known.signature).then(local)
 
     def pages(self, recalled: Tensor, halo: int, k: Tensor, v: Tensor) -> Pages:
         """Recalled chunks of earlier segments, read from the store."""

@@ -106,15 +106,7 @@ class GenerationView:
 
     def summaries(self, local: Summaries) -> Summaries:
         """See View."""
-        known = self.memory.summaries
-        if known is None:
-            return local
-        signature = None
-        if known.signature is not None and local.signature is not None:
-            signature = torch.cat((known.signature, local.signature), dim=1)
-        return Summaries(
-            torch.cat((known.k, local.k), dim=1), torch.cat((known.v, local.v), dim=1), signature
-        )
+        return local if self.memory.summaries is None else self.memory.summaries.then(local)
 
     def pages(self, recalled: Tensor, halo: int, k: Tensor, v: Tensor) -> Pages:
         """See View. An open chunk recalls the same from token to token: what was read last is kept."""

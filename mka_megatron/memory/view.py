@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mka_megatron.memory.chunks import Chunks
@@ -29,6 +30,13 @@ class Summaries:
     """[B, N, G, d] mean values."""
     signature: Tensor | None
     """[B, N, G, W] int64 codes, or fp64 centred mean keys where selection is exact; None without recall."""
+
+    def then(self, late: Summaries) -> Summaries:
+        """Those of these chunks, then those of the `late` ones."""
+        signature = None
+        if self.signature is not None and late.signature is not None:
+            signature = torch.cat((self.signature, late.signature), dim=1)
+        return Summaries(torch.cat((self.k, late.k), dim=1), torch.cat((self.v, late.v), dim=1), signature)
 
 
 @dataclass(frozen=True)
