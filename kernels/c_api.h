@@ -240,6 +240,89 @@ typedef struct {
 MKA_API int mka_decode_close(const MkaDecodeCloseArgs* args, void* stream);
 MKA_API int mka_host_decode_close(const MkaDecodeCloseArgs* args);
 
+// ---- block_attention (contract: mka_megatron/ops/block_attention)
+// B batch, S slots at hand, C chunk size, n = ceil(S / C) chunks at hand, N chunks of the row, w window in chunks,
+// h = min(w - 1, first) halo chunks, H query heads, G KV heads, d channels, U summaries, M pages, R recalled chunks.
+// A place is what a recall can name: a halo chunk, a chunk at hand, a page, in this order.
+// d is 64 or 128, C 64 or 128; bf16 or fp16. Strides are in elements, from a row, a slot, a head to the next, multiples
+// of 8 (bias: any, 0 allowed); channels lie side by side; tensors are aligned to 16 bytes.
+typedef struct {
+  const void* q;             // [B, S, H, d] by its strides
+  const void* k;             // [B, hC + S, G, d] by its strides, as v
+  const void* v;
+  const void* summary_k;     // [B, U, G, d] by its strides; null: no L2
+  const void* summary_v;     // null with summary_k
+  const void* page_k;        // [B, G, M, C, d]; null: no pages
+  const void* page_v;
+  const int64_t* page_lengths;  // [B, G, M] tokens at the head of each page
+  const int64_t* index;      // [B, n, G, R] places, -1: none; null: no L3
+  const float* bias;         // [B, S, 1 or G, 3] by its strides (row, slot, group); null: 0
+  const int64_t* lengths;    // [B, N] tokens at the head of each chunk
+  const int64_t* documents;  // [B, N], not decreasing over a row's chunks with tokens; -1: empty
+  void* out;                 // [B, S, H, d]; 0 on padding
+  float* lse;                // [B, H, S] natural logarithm; +inf where a query sees nothing
+  const void* grad_out;      // [B, S, H, d] by its strides; backward, from here on
+  void* grad_q;              // contiguous, in the shapes of the operands: every element is written
+  void* grad_k;
+  void* grad_v;
+  void* grad_summary_k;      // null without summaries
+  void* grad_summary_v;
+  void* grad_page_k;         // null without pages
+  void* grad_page_v;
+  float* grad_bias;          // [B, S, H, 3], a query head's part; null without bias
+  void* workspace;           // of mka_block_attention_workspace_bytes, aligned to 16 bytes, contents do not matter
+  int64_t q_strides[3];
+  int64_t k_strides[3];
+  int64_t v_strides[3];
+  int64_t summary_k_strides[3];
+  int64_t summary_v_strides[3];
+  int64_t bias_strides[3];
+  int64_t grad_strides[3];   // of grad_out
+  int64_t batch, slots, heads, groups, channels;
+  int64_t size;              // C
+  int64_t first;             // number of the first chunk at hand
+  int64_t chunks;            // N
+  int64_t summaries;         // U
+  int64_t pages;             // M
+  int64_t recalled;          // R
+  int64_t window;            // w
+  int64_t dtype;
+  int64_t kernel;            // 0: the best for the device, 1: mma.sync, 2: wgmma (refused where there is none)
+  double scale;
+} MkaBlockAttentionArgs;
+// The workspace of the forward, or of the backward; MKA_REFUSED as the launch would say.
+MKA_API int64_t mka_block_attention_workspace_bytes(const MkaBlockAttentionArgs* args, int backward);
+MKA_API int mka_block_attention_forward(const MkaBlockAttentionArgs* args, void* stream);
+// Needs out and lse of the forward.
+MKA_API int mka_block_attention_backward(const MkaBlockAttentionArgs* args, void* stream);
+// The same, lane by lane on the CPU with tensors in host memory: for tests.
+MKA_API int mka_host_block_attention_forward(const MkaBlockAttentionArgs* args);
+MKA_API int mka_host_block_attention_backward(const MkaBlockAttentionArgs* args);
+
+// The plans of block_attention on the CPU, for tests; what the fields mean says mka/block_plan.cuh.
+// Fills the workspace of the backward, in host memory, which the functions below read.
+MKA_API int mka_plan_block(const MkaBlockAttentionArgs* args);
+// {visits of a part, key tiles, items, slots, reductions}: what there is room for.
+MKA_API void mka_plan_block_sizes(const MkaBlockAttentionArgs* args, int64_t sizes[5]);
+// {row, KV head, chunk at hand, tile of 128 packed query rows} of a block; how many there are.
+MKA_API int64_t mka_plan_block_queries(const MkaBlockAttentionArgs* args, int64_t block, int64_t* task);
+// How many key tiles of `tile` rows (64 or 128) a query chunk has.
+MKA_API int64_t mka_plan_block_tiles(
+    const MkaBlockAttentionArgs* args, int64_t tile, int64_t row, int64_t group, int64_t chunk);
+// {level, source, first row, slot of the chunk, keys, diagonal} of the t-th.
+MKA_API void mka_plan_block_tile(const MkaBlockAttentionArgs* args, int64_t tile, int64_t row, int64_t group,
+                                 int64_t chunk, int64_t t, int64_t* found);
+// Whether a chunk at hand sees the summary of chunk `number` of its row.
+MKA_API int mka_plan_block_summary(const MkaBlockAttentionArgs* args, int64_t row, int64_t chunk, int64_t number);
+// {target, row and KV head, first visit, end of visits, slot} of an item.
+MKA_API void mka_plan_block_item(const MkaBlockAttentionArgs* args, int64_t item, int64_t* found);
+// {source, first row, keys, first chunk number} of an item's target.
+MKA_API void mka_plan_block_target(const MkaBlockAttentionArgs* args, int64_t item, int64_t* found);
+// {chunk at hand, level} of an item's visit; level -1: it sees nothing.
+MKA_API void mka_plan_block_visit(const MkaBlockAttentionArgs* args, int64_t item, int64_t visit, int64_t* found);
+// {target, row and KV head, first slot, slots} of a reduction.
+MKA_API void mka_plan_block_reduction(const MkaBlockAttentionArgs* args, int64_t reduction, int64_t* found);
+
 #ifdef __cplusplus
 }
 #endif
