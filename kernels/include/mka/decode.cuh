@@ -3,18 +3,8 @@
 #pragma once
 
 #include <math.h>
-#include <string.h>
 
-#include <type_traits>
-
-#include "mka/common.cuh"
-
-// For loops that the host's compiler may leave as they are.
-#ifdef __CUDA_ARCH__
-#define MKA_UNROLL _Pragma("unroll")
-#else
-#define MKA_UNROLL
-#endif
+#include "mka/mma.cuh"
 
 namespace mka {
 namespace decode {
@@ -122,14 +112,6 @@ struct alignas(16) Words {
   uint32_t at[4];
 };
 
-template <typename T>
-MKA_HD uint32_t pack(float low, float high) {
-  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  uint32_t word;
-  memcpy(&word, pair, 4);
-  return word;
-}
-
 // Element i (0 to 7) of two rows, as one word with the first row's below.
 MKA_HD uint32_t join(const Words& low, const Words& high, int i) {
   const uint32_t a = low.at[i / 2], b = high.at[i / 2];
@@ -151,15 +133,6 @@ struct State {
   float l[2][LANES];             // this lane's part of the sum of weights
 };
 
-template <int LANES>
-MKA_HD int lane_of(int l) {
-#ifdef __CUDA_ARCH__
-  return threadIdx.x & 31;
-#else
-  return l;
-#endif
-}
-
 template <int D, int LANES>
 MKA_HD void clear(State<D, LANES>& state) {
 MKA_UNROLL
@@ -173,62 +146,6 @@ MKA_UNROLL
 MKA_UNROLL
         for (int c = 0; c < 4; ++c) state.o[u][i][l][c] = 0.f;
   }
-}
-
-// c += a b, the tensor cores' m16n8k16.
-template <typename T, int LANES>
-MKA_HD void mma(float (&c)[LANES][4], const uint32_t (&a)[LANES][4], const uint32_t (&b)[LANES][2]) {
-#ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3])
-        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]));
-  else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3])
-        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]));
-#else
-  // the layout that the PTX manual gives: a [16][16] by rows, b [16][8] by columns
-  float A[16][16], B[16][8];
-  for (int l = 0; l < LANES; ++l)
-    for (int e = 0; e < 8; ++e) {
-      T pair[2];
-      memcpy(static_cast<void*>(pair), &a[l][e / 2], 4);
-      A[l / 4 + (e / 2 % 2) * 8][l % 4 * 2 + (e & 1) + (e >= 4 ? 8 : 0)] = to_float(pair[e & 1]);
-      if (e >= 4) continue;
-      memcpy(static_cast<void*>(pair), &b[l][e / 2], 4);
-      B[l % 4 * 2 + (e & 1) + (e >= 2 ? 8 : 0)][l / 4] = to_float(pair[e & 1]);
-    }
-  for (int l = 0; l < LANES; ++l)
-    for (int e = 0; e < 4; ++e)
-      for (int x = 0; x < 16; ++x) c[l][e] += A[l / 4 + 8 * (e / 2)][x] * B[x][l % 4 * 2 + (e & 1)];
-#endif
-}
-
-// The largest of the four lanes that hold a row.
-template <int LANES>
-MKA_HD void row_max(float (&x)[LANES]) {
-#ifdef __CUDA_ARCH__
-  x[0] = fmaxf(x[0], __shfl_xor_sync(0xffffffffu, x[0], 1));
-  x[0] = fmaxf(x[0], __shfl_xor_sync(0xffffffffu, x[0], 2));
-#else
-  for (int bit = 1; bit < 4; bit *= 2)
-    for (int l = 0; l < LANES; ++l)
-      if (!(l & bit)) x[l] = x[l ^ bit] = fmaxf(x[l], x[l ^ bit]);
-#endif
-}
-template <int LANES>
-MKA_HD void row_sum(float (&x)[LANES]) {
-#ifdef __CUDA_ARCH__
-  x[0] += __shfl_xor_sync(0xffffffffu, x[0], 1);
-  x[0] += __shfl_xor_sync(0xffffffffu, x[0], 2);
-#else
-  for (int bit = 1; bit < 4; bit *= 2)
-    for (int l = 0; l < LANES; ++l)
-      if (!(l & bit)) x[l] = x[l ^ bit] = x[l] + x[l ^ bit];
-#endif
 }
 
 template <typename T>
