@@ -318,7 +318,7 @@ MKA_API int mka_plan_block_summary(const MkaBlockAttentionArgs* args, int64_t ro
 MKA_API void mka_plan_block_item(const MkaBlockAttentionArgs* args, int64_t item, int64_t* found);
 // {source, first row, keys, first chunk number} of an item's target.
 MKA_API void mka_plan_block_target(const MkaBlockAttentionArgs* args, int64_t item, int64_t* found);
-// {chunk at hand, level} of an item's visit; level -1: it sees nothing.
+// {chunk at hand, level, diagonal} of an item's visit; level -1: it sees nothing.
 MKA_API void mka_plan_block_visit(const MkaBlockAttentionArgs* args, int64_t item, int64_t visit, int64_t* found);
 // {target, row and KV head, first slot, slots} of a reduction.
 MKA_API void mka_plan_block_reduction(const MkaBlockAttentionArgs* args, int64_t reduction, int64_t* found);

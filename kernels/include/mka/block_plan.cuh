@@ -332,7 +332,6 @@ MKA_HD uint64_t* recall_bits(const Plan& p, int64_t pair, int64_t place) {
 MKA_HD int64_t recalls_before(const Plan& p, int64_t pair, int64_t place, int64_t chunks) {
   const uint64_t* bits = recall_bits(p, pair, place);
   int64_t found = 0;
-#pragma unroll 4
   for (int64_t word = 0; word < chunks / 64; ++word) found += bits_set(bits[word]);
   if (chunks % 64) found += bits_set(bits[chunks / 64] & ((uint64_t{1} << chunks % 64) - 1));
   return found;
@@ -353,7 +352,6 @@ MKA_HD Visits visits(const MkaBlockAttentionArgs& a, const Plan& p, int64_t pair
     end = min64(keys.number + a.window, ends[keys.number]);
   } else if (keys.source == SUMMARIES) {
     begin = keys.number + a.window;
-#pragma unroll 4
     for (int64_t c = keys.number; c < min64(keys.number + keys.count, a.chunks); ++c) end = max64(end, ends[c]);
   }
   begin = max64(begin, a.first);
