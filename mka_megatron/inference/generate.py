@@ -6,7 +6,7 @@ Shapes: B rows, T slots of a pass, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,8 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008
     prefill_slots: int = PREFILL_SLOTS,
     progress: Callable[[int, int], None] | None = None,
+    stop: Collection[int] = (),
+    at_least: int = 0,
 ) -> Generated:
     """Give every row its prompt, close its open chunk, and go on until its end or `max_new_tokens`.
 
@@ -77,6 +79,8 @@ def generate(
         positions: that the model has (model.max_position_embeddings).
         prefill_slots: slots of each row in a pass over the prompts; memory for activations grows with it.
         progress: called with (slots of the prompts done, all of them).
+        stop: more tokens that end a row.
+        at_least: new tokens of a row before which none of them is chosen.
 
     Raises:
         ConfigError: the model has no positions for so many tokens.
@@ -101,13 +105,16 @@ def generate(
     prompted = _now(device)
     made: list[list[int]] = [[] for _ in prompts]
     going, chosen_later = list(range(len(prompts))) if max_new_tokens else [], 0
+    ends = {*stop, *(() if eos_id is None else (eos_id,))}
     while going:
+        if len(made[going[0]]) < at_least:
+            logits = logits.index_fill(-1, torch.tensor(sorted(ends), device=device), float("-inf"))
         chosen = _agreed(choose(logits, sampling, generator), model.pg_collection.tp)
         taken = chosen.tolist()
         for row in going:
-            if taken[row] != eos_id:
+            if taken[row] not in ends:
                 made[row].append(taken[row])
-        going = [row for row in going if taken[row] != eos_id and len(made[row]) < max_new_tokens]
+        going = [row for row in going if taken[row] not in ends and len(made[row]) < max_new_tokens]
         if going:
             alive = None
             if len(going) < len(prompts):
