@@ -51,7 +51,7 @@ SANITIZERS = ("memcheck", "racecheck")
 def sections() -> list[str]:
     """The ops that have a section."""
     names = (path.stem.removeprefix("verify_") for path in sorted(HERE.glob("verify_*.py")))
-    return [name for name in names if name != "common"]
+    return [name for name in names if not name.startswith("common")]
 
 
 def section(op: str) -> ModuleType:
@@ -138,6 +138,8 @@ def table(record: dict[str, Any]) -> str:
         lines += [f"  FAILED {c['case']}: error {c['error']:.3g}, allowed {c['bound']:.3g}" for c in failed]
         for t in found["timings"]:
             share = "" if t["copy_share"] is None else f"{t['copy_share']:7.0%} of copy"
+            if t["flops"]:
+                share = f"{t['flops'] / (t['ms'] * 1e9):7.1f} TFLOP/s"
             peers = ", ".join(f"{name} {ms / t['ms']:.1f}x" for name, ms in t["peers"].items())
             lines.append(
                 f"  {t['case']:<32} S={t['slots']:<7} {t['ms']:9.4f} ms {share:<16} {peers} {t['goal']}".rstrip()

@@ -1,6 +1,6 @@
 """What the sections of verify.py share: a check, a timing, a clock.
 
-A section is a module verify_<op>.py beside this one with
+A section is a module verify_<op>.py beside this one (verify_common*.py are none) with
 
     checks(device, lengths) -> Iterator[Check]         the op against its reference, S in `lengths`
     launches(device) -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]
@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+LONG_MS = 2000.0
+"""What the calls of one measurement may take together."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Timing:
     """Its bandwidth over that of a copy in the same run."""
     goal: str = ""
     """The goal of DESIGN.md section 4 and whether it is met."""
+    flops: int = 0
+    """Multiplications and additions that the op must do in matrix products; 0: not its bound."""
 
 
 class Clock:
@@ -65,12 +70,15 @@ class Clock:
         self.copy_gbps = self._copy_gbps()
 
     def ms(self, function: Callable[[], object]) -> float:
-        """Median time of a call, after three that are not counted."""
-        for _ in range(3):
+        """Median time of a call, after some that are not counted; of fewer calls where one takes long."""
+        self._host_ms(function)
+        longest = self._host_ms(function)
+        repetitions = max(3, min(self._repetitions, int(LONG_MS / max(longest, 1e-3))))
+        if repetitions == self._repetitions:
             function()
         if self.device.type != "cuda":
-            return statistics.median(self._cpu_ms(function) for _ in range(self._repetitions))
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self._repetitions)]
+            return statistics.median(self._host_ms(function) for _ in range(repetitions))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
         for begin, end in events:
             self._flushed.zero_()
             begin.record()
@@ -83,9 +91,11 @@ class Clock:
         """The bandwidth of moving this much in this time, over that of a copy."""
         return bytes_moved / (ms * 1e6) / self.copy_gbps
 
-    def _cpu_ms(self, function: Callable[[], object]) -> float:
+    def _host_ms(self, function: Callable[[], object]) -> float:
         begin = time.perf_counter()
         function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return 1e3 * (time.perf_counter() - begin)
 
     def _copy_gbps(self) -> float:
