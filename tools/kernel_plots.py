@@ -1,4 +1,4 @@
-"""Plots of what kernels/verify.py measured: time and bandwidth against the length, one picture of each per device.
+"""Plots of what kernels/verify.py measured: time, bandwidth and TFLOP/s against the length, one picture of each per device.
 
 Called by tools/kernel_report.py. Needs matplotlib: the extra `plots`.
 """
@@ -20,7 +20,7 @@ class NoPlots(Exception):
 
 
 def write(records: Sequence[dict[str, Any]], to: Path) -> list[Path]:
-    """`<device>-time.png` and `<device>-bandwidth.png` in `to` for every record.
+    """`<device>-time.png`, `<device>-bandwidth.png` and `<device>-tflops.png` in `to` for every record, of the ops that have it.
 
     Raises NoPlots without matplotlib.
     """
@@ -33,7 +33,8 @@ def write(records: Sequence[dict[str, Any]], to: Path) -> list[Path]:
     for record in records:
         device = record["device"]["device"]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        for kind, unit, series in (("time", "ms", times), ("bandwidth", "GB/s", bandwidths)):
+        kinds = (("time", "ms", times), ("bandwidth", "GB/s", bandwidths), ("tflops", "TFLOP/s", rates))
+        for kind, unit, series in kinds:
             lines = {op: found for op in record["ops"] if (found := series(record, op))}
             if not lines:
                 continue
@@ -64,6 +65,15 @@ def bandwidths(record: dict[str, Any], op: str) -> Series:
 
     def value(timing: dict[str, Any]) -> dict[str, float]:
         return {"": timing["bytes_moved"] / (timing["ms"] * 1e6)} if timing["bytes_moved"] else {}
+
+    return _series(record, op, value)
+
+
+def rates(record: dict[str, Any], op: str) -> Series:
+    """TFLOP/s of every case of the op that has to compute its products."""
+
+    def value(timing: dict[str, Any]) -> dict[str, float]:
+        return {"": timing["flops"] / (timing["ms"] * 1e9)} if timing["flops"] else {}
 
     return _series(record, op, value)
 

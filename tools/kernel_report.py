@@ -2,7 +2,7 @@
 
     python tools/kernel_report.py                       # print it
     python tools/kernel_report.py --readme README.md    # between its lines <!-- kernels: begin --> and <!-- kernels: end -->
-    python tools/kernel_report.py --plots docs/kernels  # PNGs of time and bandwidth against S (needs the extra `plots`)
+    python tools/kernel_report.py --plots docs/kernels  # PNGs of time, bandwidth, TFLOP/s against S (the extra `plots`)
 
 Results of other sources than these, by their hash, are named but their numbers are not shown.
 """
@@ -69,12 +69,14 @@ def _device(record: dict[str, Any]) -> str:
         f" {sum(c['passed'] for c in checks)} of {len(checks)} checks passed; compute-sanitizer: {sanitizer or 'not run'}"
         f" (`{COMMAND}`):",
         "",
-        "| op | S | ms | of copy bandwidth | faster than | goal |",
+        "| op | S | ms | of copy bandwidth or TFLOP/s | faster than | goal |",
         "| --- | ---: | ---: | ---: | --- | --- |",
     ]
     for op, found in record["ops"].items():
         for t in found["timings"]:
             share = "" if t["copy_share"] is None else f"{t['copy_share']:.0%}"
+            if t["flops"]:
+                share = f"{t['flops'] / (t['ms'] * 1e9):.1f} TFLOP/s"
             peers = ", ".join(f"{name} {ms / t['ms']:.1f}×" for name, ms in t["peers"].items())
             lines.append(f"| {op}: {t['case']} | {t['slots']:,} | {t['ms']:.4f} | {share} | {peers} | {t['goal']} |")
     return "\n".join(lines) + "\n"

@@ -20,6 +20,7 @@ TIMING = {
     "peers": {"eager": 4.0},
     "copy_share": 0.874,
     "goal": "",
+    "flops": 0,
 }
 
 
@@ -73,6 +74,21 @@ def three_lengths() -> dict[str, Any]:
     return made
 
 
+def attention() -> dict[str, Any]:
+    """The same of an op that is bound by its products: made up as well."""
+    timing = {**TIMING, "case": "forward, mma", "ms": 2.0, "copy_share": None, "bytes_moved": 0, "flops": 600 * 10**9}
+    made = record("a")
+    made["ops"] = {"block_attention": {"checks": [], "skipped": [], "timings": [timing]}}
+    return made
+
+
+def test_products_are_told_by_rate() -> None:
+    text = kernel_report.section([attention()], "a")
+    assert "| block_attention: forward, mma | 32,768 | 2.0000 | 300.0 TFLOP/s | eager 2.0× |  |" in text
+    assert kernel_plots.rates(attention(), "block_attention") == {"forward, mma": [(32768, 300.0)]}
+    assert kernel_plots.rates(three_lengths(), "recall") == {}
+
+
 def test_the_lines_of_the_plots() -> None:
     made = three_lengths()
     points = [(4096, 0.04096), (32768, 0.32768), (131072, 1.31072)]
@@ -89,6 +105,12 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
         image = path.read_bytes()
         assert image[:8] == b"\x89PNG\r\n\x1a\n"
         assert int.from_bytes(image[16:20], "big") == 120 * 7 * panels, "one panel per op that has the quantity"
+
+
+def test_rates_have_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = kernel_plots.write([attention()], tmp_path)
+    assert [path.name for path in written] == ["gpu-1-time.png", "gpu-1-tflops.png"]
 
 
 def test_plots_without_matplotlib_or_results(
