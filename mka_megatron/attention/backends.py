@@ -9,6 +9,7 @@ import torch
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, fuses, needs_chunks, recalls
 from mka_megatron.ops import block_attention, library
+from mka_megatron.ops.block_attention import cuda as block_kernels
 from mka_megatron.ops.recall import cuda as recall
 from mka_megatron.ops.route_fuse import cuda as route_fuse
 
@@ -31,7 +32,8 @@ class Backends:
         attention, memory, channels = config.attention, config.memory_hierarchy, config.model.head_dim
         block = fuse = recall_by = "reference"
         if block_core(config):
-            block = block_attention.choose(attention.block_backend, device)
+            lacks = block_kernels.lacks(channels, memory.l1.chunk_size, dtype)
+            block = block_attention.choose(attention.block_backend, device, lacks)
         if fuses(config):
             summary = memory.l2.summary if memory.l2.enabled else "ema"
             lacks = route_fuse.lacks(channels, dtype, summary)

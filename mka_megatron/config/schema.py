@@ -95,8 +95,9 @@ class AttentionConfig:
     """Attention variant; see docs/attention.md."""
     core: Literal["dense", "block"] = "dense"
     """fastmka: attend to every token, or to a window, chunk summaries and recalled chunks (blockmka always does)."""
-    block_backend: Literal["auto", "flex", "reference"] = "auto"
-    """Block core: FlexAttention, or tiles gathered by PyTorch; auto: flex on CUDA, reference elsewhere."""
+    block_backend: Literal["auto", "cuda", "flex", "reference"] = "auto"
+    """Block core: our CUDA kernels, FlexAttention, or tiles gathered by PyTorch; auto: the kernels on a GPU that has them,
+    for what they cover, else flex on CUDA, reference elsewhere."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
     """Fusion, pooling and recall: our CUDA kernels, or PyTorch; auto: the kernels on a GPU that has them, for what they
     cover."""

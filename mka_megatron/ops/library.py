@@ -109,20 +109,25 @@ def choose(op: str, wanted: str, device: str, lacks: str = "") -> str:
     """
     if wanted not in ("auto", *BACKENDS):
         raise refuse("attention.kernels", wanted, f"choose auto, {' or '.join(BACKENDS)}")
-    there, why = available() if device == "cuda" else (False, f"the device is {device}.")
-    if there and lacks:
-        there, why = False, lacks
-    why = why.rstrip(".")
+    there, why = usable(device, lacks)
     if wanted == "cuda" and not there:
         raise refuse("attention.kernels", wanted, f"the kernels of {op} cannot run: {why}; use auto or reference")
     backend = "cuda" if there and wanted != "reference" else "reference"
     passed_over = backend == "reference" and wanted == "auto" and device == "cuda"
-    _tell(f"{op}: {backend} on {device}{f' ({why})' if passed_over else ''}")
+    tell(f"{op}: {backend} on {device}{f' ({why})' if passed_over else ''}")
     return backend
 
 
+def usable(device: str, lacks: str = "") -> tuple[bool, str]:
+    """(an op that `lacks` something for its sizes and types can run its kernel on a device type, why not, no period)."""
+    there, why = available() if device == "cuda" else (False, f"the device is {device}")
+    if there and lacks:
+        there, why = False, lacks
+    return there, why.rstrip(".")
+
+
 @functools.cache
-def _tell(choice: str) -> None:
+def tell(choice: str) -> None:
     """Logs a choice once, though every layer makes it."""
     _log.info(choice)
 

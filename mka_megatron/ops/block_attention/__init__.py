@@ -19,11 +19,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mka_megatron.ops.block_attention import flex, reference
+from mka_megatron.ops.block_attention import cuda, flex, reference
 from mka_megatron.ops.block_attention.dispatch import choose as choose
 from mka_megatron.ops.block_attention.layout import Layout
 
-BACKENDS = {"reference": reference.attention, "flex": flex.attention}
+BACKENDS = {"cuda": cuda.attention, "flex": flex.attention, "reference": reference.attention}
 
 
 class ChunkTable(Protocol):
@@ -99,7 +99,7 @@ def block_attention(
         chunks: the chunk table.
         window: w * C tokens, from the row's own chunk on back; may exceed the row.
         scale: factor on the scores, usually 1/sqrt(d).
-        backend: "reference" or "flex", as :func:`choose` gives it.
+        backend: "cuda", "flex" or "reference", as :func:`choose` gives it.
 
     Returns:
         [B, S, H, d], dtype of q. Raises ValueError when the shapes contradict each other.

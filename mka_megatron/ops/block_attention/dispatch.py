@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-
 from mka_megatron.config.errors import refuse
+from mka_megatron.ops import library
 
-BACKENDS = ("reference", "flex")
-
-_log = logging.getLogger(__name__)
+BACKENDS = ("cuda", "flex", "reference")
 
 
-def choose(wanted: str, device: str) -> str:
+def choose(wanted: str, device: str, lacks: str = "") -> str:
     """The backend for `wanted` ("auto" or one of BACKENDS) on a device type ("cpu", "cuda").
 
-    Raises ConfigError when it does not train there.
+    `lacks`: why there is no kernel for the sizes and types that it is to run with. Raises ConfigError when what is
+    wanted does not train there.
     """
-    backend = ("flex" if device == "cuda" else "reference") if wanted == "auto" else wanted
-    if backend not in BACKENDS:
-        raise refuse("attention.block_backend", wanted, f"choose auto, {' or '.join(BACKENDS)}")
-    if backend == "flex" and device != "cuda":
-        raise refuse(
-            "attention.block_backend",
-            wanted,
-            f"FlexAttention has no backward on {device}, choose auto or reference",
-        )
-    _log.info("block attention: %s on %s", backend, device)
+    key = "attention.block_backend"
+    if wanted not in ("auto", *BACKENDS):
+        raise refuse(key, wanted, f"choose auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
+    there, why = library.usable(device, lacks)
+    if wanted == "cuda" and not there:
+        raise refuse(key, wanted, f"the kernels of block_attention cannot run: {why}; use auto, flex or reference")
+    if wanted == "flex" and device != "cuda":
+        raise refuse(key, wanted, f"FlexAttention has no backward on {device}, choose auto or reference")
+    best = "cuda" if there else "flex" if device == "cuda" else "reference"
+    backend = best if wanted == "auto" else wanted
+    passed_over = wanted == "auto" and backend == "flex"
+    library.tell(f"block_attention: {backend} on {device}{f' ({why})' if passed_over else ''}")
     return backend

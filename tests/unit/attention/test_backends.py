@@ -25,10 +25,12 @@ CASES = [
     ([*L3, "memory_hierarchy.l2.enabled=false"], ("reference", "cuda", "cuda")),
     ([*L3, "memory_hierarchy.l3.selection=exact"], ("reference", "cuda", "reference")),
     ([*L3, "attention.variant=mka"], ("reference", "reference", "cuda")),
-    (BLOCK, ("flex", "cuda", "cuda")),
-    ([*BLOCK, "attention.variant=blockmka"], ("flex", "reference", "cuda")),
+    (BLOCK, ("cuda", "cuda", "cuda")),
+    ([*BLOCK, "attention.variant=blockmka"], ("cuda", "reference", "cuda")),
     ([*BLOCK, "memory_hierarchy.l1.chunk_size=32"], ("flex", "cuda", "reference")),
-    ([*BLOCK, "memory_hierarchy.l2.summary=mean"], ("flex", "reference", "cuda")),
+    ([*BLOCK, "model.head_dim=256"], ("flex", "cuda", "cuda")),
+    ([*BLOCK, "memory_hierarchy.l2.summary=mean"], ("cuda", "reference", "cuda")),
+    ([*BLOCK, "attention.block_backend=flex"], ("flex", "cuda", "cuda")),
 ]
 
 
@@ -47,7 +49,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_what_is_there(overrides: list[str], expected: tuple[str, str, str]) -> None:
     chosen = config(*overrides)
     assert Backends.choose(chosen, torch.bfloat16, "cuda") == Backends(*expected)
-    assert Backends.choose(chosen, torch.bfloat16, "cpu") == Backends()
+    if chosen.attention.block_backend == "auto":
+        assert Backends.choose(chosen, torch.bfloat16, "cpu") == Backends()
     plain = config(*overrides, "attention.kernels=reference")
     assert Backends.choose(plain, torch.bfloat16, "cuda") == Backends(expected[0])
 
@@ -67,6 +70,26 @@ def test_auto_takes_what_is_there(overrides: list[str], expected: tuple[str, str
 def test_what_is_asked_for_and_not_there_is_an_error(overrides: list[str], dtype: torch.dtype, told: str) -> None:
     with pytest.raises(ConfigError, match=rf"attention\.kernels is cuda: the kernels of {told}.*; use auto or reference"):
         Backends.choose(config(*overrides, "attention.kernels=cuda"), dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "told"),
+    [
+        (["memory_hierarchy.l1.chunk_size=32"], torch.bfloat16, "its chunk sizes are 64 and 128, not 32"),
+        (["model.head_dim=96"], torch.bfloat16, "a head must have 64 or 128 channels, not 96"),
+        ([], torch.float32, "its dtypes are torch.bfloat16 and torch.float16, not torch.float32"),
+    ],
+)
+@pytest.mark.usefixtures("kernels")
+def test_block_kernels_that_are_asked_for_and_not_there_are_an_error(
+    overrides: list[str], dtype: torch.dtype, told: str
+) -> None:
+    chosen = config(*BLOCK, *overrides, "attention.block_backend=cuda")
+    said = rf"^attention\.block_backend is cuda: the kernels of block_attention cannot run: {told}; use auto, flex or reference\.$"
+    with pytest.raises(ConfigError, match=said):
+        Backends.choose(chosen, dtype, "cuda")
+    with pytest.raises(ConfigError, match=r"cannot run: the device is cpu; use auto"):
+        Backends.choose(chosen, dtype, "cpu")
 
 
 @pytest.mark.parametrize("overrides", [case[0] for case in CASES], ids=[" ".join(case[0]) for case in CASES])

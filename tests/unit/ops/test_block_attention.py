@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from mka_megatron.config.errors import ConfigError
+from mka_megatron.ops import library
 from mka_megatron.ops.block_attention import blocks, choose, flex
 from tests.helpers import block_oracle
 from tests.helpers.block_cases import Case, make_case, recall
@@ -338,13 +339,26 @@ def test_contradicting_shapes_are_refused(change: dict, message: str) -> None:
         replace(case("one document", recalled=0), **change).run()
 
 
-def test_the_backend_is_chosen_by_device(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_backend_is_chosen_by_device(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And told once."""
+    library.tell.cache_clear()
+    monkeypatch.setattr(library, "available", lambda: (False, "the GPU is sm_75."))
     with caplog.at_level("INFO"):
-        assert choose("auto", "cpu") == "reference"
-    assert "reference on cpu" in caplog.text
-    assert choose("auto", "cuda") == choose("flex", "cuda") == "flex"
+        assert choose("auto", "cpu") == choose("auto", "cpu") == "reference"
+        assert choose("auto", "cuda") == "flex"
+    told = ["block_attention: reference on cpu", "block_attention: flex on cuda (the GPU is sm_75)"]
+    assert [record.getMessage() for record in caplog.records] == told
+    assert choose("flex", "cuda") == "flex"
     assert choose("reference", "cuda") == "reference"
     with pytest.raises(ConfigError, match=r"attention\.block_backend is flex: .* no backward on cpu"):
         choose("flex", "cpu")
-    with pytest.raises(ConfigError, match=r"attention\.block_backend is fast"):
+    with pytest.raises(ConfigError, match=r"attention\.block_backend is fast: choose auto, cuda, flex or reference"):
         choose("fast", "cpu")
+    with pytest.raises(ConfigError, match=r"attention\.block_backend is cuda: .* the GPU is sm_75; use auto, flex"):
+        choose("cuda", "cuda")
+    monkeypatch.setattr(library, "available", lambda: (True, ""))
+    assert choose("auto", "cuda") == choose("cuda", "cuda") == "cuda"
+    assert choose("auto", "cuda", "its dtypes are others") == "flex"
+    assert choose("auto", "cpu") == "reference"

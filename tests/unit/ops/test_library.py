@@ -66,7 +66,7 @@ def test_a_library_that_is_missing_or_broken(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_reference_runs_and_the_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert library.available() == (False, "PyTorch sees no CUDA device.")
-    library._tell.cache_clear()
+    library.tell.cache_clear()
     caplog.set_level("INFO")
     choose = functools.partial(library.choose, "recall")
     assert choose("auto", "cpu") == choose("auto", "cuda") == choose("reference", "cuda") == "reference"
@@ -83,7 +83,7 @@ def test_with_a_gpu_the_kernels_run_what_they_cover(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(library, "available", lambda: (True, ""))
-    library._tell.cache_clear()
+    library.tell.cache_clear()
     caplog.set_level("INFO")
     choose = functools.partial(library.choose, "recall")
     assert choose("auto", "cuda") == choose("cuda", "cuda") == "cuda"
