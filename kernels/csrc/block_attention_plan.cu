@@ -2,6 +2,7 @@
 // What threads do is in mka/block_plan.cuh; here they are put together into kernels, and into loops on the CPU.
 #include "mka/block_launch.cuh"
 
+#include <math.h>
 #include <string.h>
 
 namespace mka {
@@ -161,6 +162,8 @@ bool sizes_fit(const MkaBlockAttentionArgs& a) {
 
 bool possible(const MkaBlockAttentionArgs& a) {
   if ((a.dtype != MKA_BF16 && a.dtype != MKA_FP16) || !sizes_fit(a)) return false;
+  // the largest score is looked for before it is scaled
+  if (!(a.scale > 0 && a.scale < INFINITY)) return false;
   if ((a.summary_k == nullptr) != (a.summary_v == nullptr) || (a.summary_k == nullptr) != (a.summaries == 0)) return false;
   if ((a.page_k == nullptr) != (a.pages == 0) || (a.page_v == nullptr) != (a.pages == 0)) return false;
   if ((a.page_lengths == nullptr) != (a.pages == 0) || (a.index == nullptr) != (a.recalled == 0)) return false;

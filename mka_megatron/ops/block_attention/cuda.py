@@ -7,6 +7,7 @@ chunks, H query heads, G KV heads, F = H/G, d channels, U summaries, M pages, R 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ def attention(
     """
     if problem := lacks(q.shape[3], layout.size, q.dtype):
         raise ValueError(f"block_attention has no kernel: {problem}.")
+    if not 0 < layout.scale < math.inf:
+        raise ValueError(f"scale is {layout.scale}: the kernels need a positive one.")
     summary_k, summary_v = summaries or (None, None)
     page_k, page_v, page_lengths, index = pages or (None, None, None, None)
     tensors = {"q": q, "k": k, "v": v, "summary k": summary_k, "summary v": summary_v, "page k": page_k, "page v": page_v}
@@ -123,9 +126,9 @@ def _readable(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [*(None if x is None else library.rows(x) for x in strided), *whole]
 
 
-def _empty(x: Tensor) -> Tensor:
-    """Like `x`, but contiguous."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous; as `x` in what is not given."""
+    return x.new_empty(shape or x.shape, dtype=dtype)
 
 
 def _fake(
@@ -134,7 +137,7 @@ def _fake(
     documents: Tensor, size: int, first: int, window: int, scale: float, kernel: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, slots, heads, _ = q.shape
-    return _empty(q), q.new_empty(batch, heads, slots, dtype=torch.float32)
+    return _empty(q), _empty(q, batch, heads, slots, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -198,7 +201,7 @@ def _backward(
     found = {
         f"grad_{name}": _empty(x) for name, x in zip(names, inputs[:7], strict=True) if x is not None
     }
-    wide = None if bias is None else q.new_empty(*q.shape[:3], 3, dtype=torch.float32)
+    wide = None if bias is None else _empty(q, *q.shape[:3], 3, dtype=torch.float32)
     readable, grad = _readable(inputs), library.rows(grad)
     args = arguments(readable, sizes, out=out, lse=lse, grad_out=grad, grad_bias=wide, **found)
     _run("mka_block_attention_backward", args, q, backward=True)

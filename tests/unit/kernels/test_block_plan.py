@@ -148,6 +148,8 @@ class Bench:
     ) -> None:
         """after: slot of the chunk before which its queries do not see the first key; None: they all see it."""
         queries = self.queries(row, chunk)
+        held = self.halo * self.table.size + self.slots
+        assert count == 0 or begin + count <= (held, self.summaries, self.keys - self.offsets[2])[source], "in bounds"
         height = queries.stop - queries.start
         mask = torch.ones(height, count, dtype=torch.bool)
         if after is not None:
@@ -375,20 +377,21 @@ def test_the_workspace_stays_small(library: ctypes.CDLL, window: int) -> None:
 
 def test_rows_beyond_32_bits_of_elements(library: ctypes.CDLL) -> None:
     """A part of a row of 4M tokens, far behind: numbers of rows, whose products with strides are the kernels'."""
-    table = Table(64, torch.full((1, 1 << 16), 64), torch.zeros(1, 1 << 16, dtype=torch.int64), (1 << 16) - 3, 3)
-    pages = 20_000
-    index = torch.tensor([[[[0, 3 + pages]], [[4 + pages, -1]], [[1, 0]]]]).flatten(1).view(1, 3, 1, 2)
-    stored = torch.zeros(1).expand(1, 1, pages + 1, 64, 1)
-    lengths = torch.full((1, 1, pages + 1), 64)
-    x, summaries = torch.zeros(1, 192, 1, 1), torch.zeros(1, 1 << 16, 1, 1)
-    case = Case(table, x, torch.zeros(1, 256, 1, 1), torch.zeros(1, 256, 1, 1), (summaries, summaries), None, None, 128)
-    case = replace(case, pages=Pages(stored, stored, lengths, index))
+    number, origin, pages = 1 << 16, 40_000, 20_000
+    documents = (torch.arange(number) >= origin).long()[None]
+    table = Table(64, torch.full((1, number), 64), documents, number - 3, 3)
+    index = torch.tensor([[0, 3 + pages], [4 + pages, -1], [1, 0]]).view(1, 3, 1, 2)
+    stored, lengths = torch.zeros(1).expand(1, 1, pages + 1, 64, 1), torch.full((1, 1, pages + 1), 64)
+    q, k, summaries = (torch.zeros(1).expand(1, many, 1, 1) for many in (192, 256, number))
+    case = Case(table, q, k, k, (summaries, summaries), Pages(stored, stored, lengths, index), None, 128)
     plan = Plan(library, arguments(case))
     tiles = list(plan.tiles(128, 0, 0, 1))
     assert [tile for tile in tiles if tile[0] == RECALLED] == [(2, 2, pages * 64, 0, 64, 0), (2, 0, 0, 0, 0, 0)]
-    summaries_seen = [tile for tile in tiles if tile[0] == SUMMARY]
-    assert [tile[2] for tile in summaries_seen] == list(range(0, (1 << 16) - 2 - 1, 128))
-    assert sum(tile[4] for tile in summaries_seen) == (1 << 16) - 3
+    summed = [tile for tile in tiles if tile[0] == SUMMARY]
+    seen = number - 3  # the chunk is the last but one, its window two chunks
+    assert [tile[2] for tile in summed] == list(range(origin // 128 * 128, seen, 128)), "from the document's first on"
+    assert [tile[4] for tile in summed] == [min(128, seen - tile[2]) for tile in summed]
+    assert not plan.sees(0, 1, origin - 1) and plan.sees(0, 1, origin) and plan.sees(0, 1, seen - 1)
 
 
 def test_the_struct_is_that_of_the_header() -> None:
