@@ -28,6 +28,7 @@ int backward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream);
 
 bool hopper_forward_possible(const MkaBlockAttentionArgs& a);
 int forward_hopper(const MkaBlockAttentionArgs& a, cudaStream_t stream);
+int forward_hopper_on_host(const MkaBlockAttentionArgs& a);
 bool hopper_backward_possible(const MkaBlockAttentionArgs& a);
 int backward_hopper(const MkaBlockAttentionArgs& a, cudaStream_t stream);
 

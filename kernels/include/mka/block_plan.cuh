@@ -204,16 +204,20 @@ struct Keys {
   int64_t number;  // of the chunk in its row, or of the first summary; -1: a page
 };
 
-MKA_HD Keys place_keys(const MkaBlockAttentionArgs& a, const Plan& p, int64_t pair, int64_t place) {
+// `row`: that of the pair.
+MKA_HD Keys place_keys(const MkaBlockAttentionArgs& a, const Plan& p, int64_t row, int64_t pair, int64_t place) {
   const int64_t h = halo(a), held = h + chunks_at_hand(a), at = place * a.size;
   if (place >= held) {
     const int64_t page = place - held;
     return {PAGES, page * a.size, max64(0, min64(a.page_lengths[pair * a.pages + page], a.size)), -1};
   }
-  const int64_t number = a.first - h + place, row = pair / a.groups;
+  const int64_t number = a.first - h + place;
   if (empty(a, p, row, number)) return {ROWS, at, 0, number};
   const int64_t tokens = min64(a.lengths[row * a.chunks + number], a.size);
   return {ROWS, at, min64(tokens, h * a.size + a.slots - at), number};
+}
+MKA_HD Keys place_keys(const MkaBlockAttentionArgs& a, const Plan& p, int64_t pair, int64_t place) {
+  return place_keys(a, p, pair / a.groups, pair, place);
 }
 
 MKA_HD Keys target_keys(const MkaBlockAttentionArgs& a, const Plan& p, int64_t pair, int64_t target) {
@@ -242,7 +246,7 @@ struct KeyTile {
 
 template <int TILE>
 struct KeyList {
-  int64_t pair, own;     // the chunk's number
+  int64_t row, pair, own;  // own: the chunk's number
   int64_t origin;        // its document's first chunk
   int64_t near;          // chunks of the window
   int64_t summary_tile;  // the first tile of summaries, by its place among those of the row,
@@ -256,6 +260,7 @@ template <int TILE>
 MKA_HD KeyList<TILE> key_list(
     const MkaBlockAttentionArgs& a, const Plan& p, int64_t row, int64_t group, int64_t chunk) {
   KeyList<TILE> list{};
+  list.row = row;
   list.pair = row * a.groups + group;
   list.own = a.first + chunk;
   if (empty(a, p, row, list.own)) return list;
@@ -276,7 +281,7 @@ MKA_HD KeyList<TILE> key_list(
 template <int TILE>
 MKA_HD KeyTile place_tile(const MkaBlockAttentionArgs& a, const Plan& p, const KeyList<TILE>& list, int level,
                           int64_t place, int64_t begin) {
-  const Keys keys = place_keys(a, p, list.pair, place);
+  const Keys keys = place_keys(a, p, list.row, list.pair, place);
   const int64_t count = max64(0, min64(keys.count - begin, TILE));
   return {level, keys.source, keys.row + begin, begin, count, keys.number, level == WINDOW && keys.number == list.own};
 }
