@@ -1,0 +1,274 @@
+// The backward of block_attention with mma.sync: dQ and the bias from the queries' side, dK and dV from the keys', each
+// written by one block in a fixed order; so equal inputs give equal bits.
+#include <vector>
+
+#include "mka/block_backward_keys.cuh"
+#include "mka/block_launch.cuh"
+
+namespace mka {
+namespace block {
+
+constexpr int WARPS = QUERY_ROWS / 16;
+constexpr int BATCH = 64;  // tiles, or visits, that a block resolves at a time, one per thread
+
+template <int D>
+constexpr int tile_bytes = STEP * D * 2;
+
+// ---- dQ ----
+
+// Two tiles of keys and values are in shared memory: one that is worked on while the next one comes.
+template <typename T, int D>
+__global__ void __launch_bounds__(WARPS * 32, 1) query_kernel(const MkaBlockAttentionArgs a, const Plan p) {
+  extern __shared__ __align__(256) unsigned char dynamic[];
+  __shared__ Found found[BATCH];
+  __shared__ QueryRows kept[WARPS];
+  __shared__ Queries queries[WARPS];
+  __shared__ KeyList<STEP> list;
+  const int warp = threadIdx.x / 32;
+  {
+    const QueryTile tile = query_tile(a, blockIdx.x);
+    if (threadIdx.x == 0) list = key_list<STEP>(a, p, tile.row, tile.group, tile.chunk);
+    if (threadIdx.x % 32 == 0) queries[warp] = queries_of(a, p, tile, warp);
+  }
+  __syncthreads();
+  const Queries& q = queries[warp];
+  QueryState<D, 1> state;
+  begin_queries<T>(state, kept[warp], a, p, q);
+  const float scale = static_cast<float>(a.scale) * TO_BASE_2;
+  const auto k_of = [&](int t) { return reinterpret_cast<T*>(dynamic + t % 2 * 2 * tile_bytes<D>); };
+  const auto v_of = [&](int t) { return reinterpret_cast<T*>(dynamic + (t % 2 * 2 + 1) * tile_bytes<D>); };
+  for (int64_t from = 0; from < list.tiles; from += BATCH) {
+    const int count = static_cast<int>(min64(BATCH, list.tiles - from));
+    __syncthreads();
+    if (threadIdx.x < count) found[threadIdx.x] = find<T>(a, p, list, from + threadIdx.x);
+    __syncthreads();
+    copy_keys<T, D>(k_of(0), v_of(0), found[0], threadIdx.x, WARPS * 32);
+    commit();
+    for (int t = 0; t < count; ++t) {
+      wait<0>();
+      __syncthreads();
+      if (t + 1 < count) copy_keys<T, D>(k_of(t + 1), v_of(t + 1), found[t + 1], threadIdx.x, WARPS * 32);
+      commit();
+      if (q.tokens > 0) query_step<T>(state, kept[warp], k_of(t), v_of(t), found[t], q.first, scale);
+    }
+  }
+  end_queries<T>(state, kept[warp], a, q);
+}
+
+template <typename T, int D>
+void queries_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
+  std::vector<T> k(STEP * D), v(STEP * D);
+  const float scale = static_cast<float>(a.scale) * TO_BASE_2;
+  for (int64_t block = 0; block < query_blocks(a); ++block) {
+    const QueryTile tile = query_tile(a, block);
+    const KeyList<STEP> list = key_list<STEP>(a, p, tile.row, tile.group, tile.chunk);
+    std::vector<QueryState<D, 32>> states(WARPS);
+    std::vector<QueryRows> kept(WARPS);
+    for (int warp = 0; warp < WARPS; ++warp)
+      begin_queries<T>(states[warp], kept[warp], a, p, queries_of(a, p, tile, warp));
+    for (int64_t t = 0; t < list.tiles; ++t) {
+      const Found f = find<T>(a, p, list, t);
+      for (int thread = 0; thread < D; ++thread) copy_keys<T, D>(k.data(), v.data(), f, thread, D);
+      for (int warp = 0; warp < WARPS; ++warp) {
+        const Queries q = queries_of(a, p, tile, warp);
+        if (q.tokens > 0) query_step<T>(states[warp], kept[warp], k.data(), v.data(), f, q.first, scale);
+      }
+    }
+    for (int warp = 0; warp < WARPS; ++warp) end_queries<T>(states[warp], kept[warp], a, queries_of(a, p, tile, warp));
+  }
+}
+
+// ---- dK and dV ----
+
+// Where a block is among its visitors: `first` of the chunk's slots on, of one query head.
+struct Cursor {
+  int visitor, first, member;
+};
+
+// The next turn of at most `count` visitors.
+MKA_HD Cursor advance(Cursor at, const Visitor* visitors, int count, int members) {
+  if (++at.member < members) return at;
+  at.member = 0;
+  at.first += STEP;
+  while (at.visitor < count && at.first >= visitors[at.visitor].tokens) ++at.visitor, at.first = 0;
+  return at;
+}
+
+MKA_HD Cursor before_all(int members) { return {0, -STEP, members - 1}; }
+
+MKA_HD int32_t key_origin(const MkaBlockAttentionArgs& a, const Plan& p, const Item& item, const Keys& keys, int row) {
+  const int64_t number = keys.number + row;
+  if (keys.source != SUMMARIES || row >= keys.count || number >= a.chunks) return -1;
+  return static_cast<int32_t>(origin(a, p, item.pair / a.groups, number));
+}
+
+// C / 16 warps. Two stages are in shared memory: one that is worked on while the next one comes.
+template <typename T, int D>
+__global__ void __launch_bounds__(WARPS * 32, 1) key_kernel(const MkaBlockAttentionArgs args, const Plan plan) {
+  extern __shared__ __align__(256) unsigned char dynamic[];
+  __shared__ float rows[2][3 * STEP];
+  __shared__ Visitor visitors[BATCH];
+  __shared__ int32_t origins[16 * WARPS];
+  // in shared memory, so that no register is spent on them
+  __shared__ MkaBlockAttentionArgs a;
+  __shared__ Plan p;
+  __shared__ Item item;
+  __shared__ Keys keys;
+  __shared__ int members;
+  if (plan.items[blockIdx.x].target < 0) return;
+  if (threadIdx.x == 0) {
+    a = args, p = plan, item = p.items[blockIdx.x];
+    keys = target_keys(a, p, item.pair, item.target);
+    members = static_cast<int>(a.heads / a.groups);
+  }
+  __syncthreads();
+  const int threads = blockDim.x, row = threadIdx.x / 32 * 16;
+  if (threadIdx.x < a.size) origins[threadIdx.x] = key_origin(a, p, item, keys, threadIdx.x);
+  T* k_tile = reinterpret_cast<T*>(dynamic + 4 * tile_bytes<D>);
+  T* v_tile = k_tile + a.size * D;
+  {
+    const Rows<T> all = rows_of<T>(a, item.pair, keys.source, keys.row);
+    copy_rows<T, D>(k_tile, all.k, all.k_stride, a.size, keys.count, threadIdx.x, threads);
+    copy_rows<T, D>(v_tile, all.v, all.v_stride, a.size, keys.count, threadIdx.x, threads);
+  }
+  KeyState<D, 1> state;
+  clear(state.grad_k);
+  clear(state.grad_v);
+  const auto stage = [&](int i) { return Stage<T>{reinterpret_cast<T*>(dynamic + i * 2 * tile_bytes<D>), rows[i]}; };
+  const auto copy = [&](const Cursor& c, int to) {
+    copy_queries<T, D>(stage(to), a, visitors[c.visitor], c.member, c.first, threadIdx.x, threads);
+  };
+  for (int from = item.begin; from < item.end; from += BATCH) {
+    const int count = item.end - from < BATCH ? item.end - from : BATCH;
+    __syncthreads();
+    if (threadIdx.x < count) visitors[threadIdx.x] = visitor_of<T>(a, p, item, from + threadIdx.x);
+    __syncthreads();
+    int at = 0;
+    Cursor now = advance(before_all(members), visitors, count, members);
+    if (now.visitor < count) copy(now, at);
+    commit();
+    while (now.visitor < count) {
+      wait<0>();
+      __syncthreads();
+      const Cursor next = advance(now, visitors, count, members);
+      if (next.visitor < count) copy(next, at ^ 1);
+      commit();
+      const float scale = static_cast<float>(a.scale) * TO_BASE_2;
+      key_step<T>(state, k_tile, v_tile, stage(at), visitors[now.visitor], keys, origins, row, now.first, scale);
+      now = next;
+      at ^= 1;
+    }
+  }
+  end_keys<T>(state, a, p, item, keys, row);
+}
+
+template <typename T, int D>
+void keys_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
+  std::vector<T> tiles(2 * STEP * D), k(a.size * D), v(a.size * D);
+  const int warps = static_cast<int>(a.size / 16), members = static_cast<int>(a.heads / a.groups);
+  const float scale = static_cast<float>(a.scale) * TO_BASE_2;
+  float rows[3 * STEP];
+  int32_t origins[16 * WARPS];
+  const Stage<T> stage{tiles.data(), rows};
+  for (int64_t i = 0; i < p.item_count; ++i) {
+    const Item item = p.items[i];
+    if (item.target < 0) continue;
+    const Keys keys = target_keys(a, p, item.pair, item.target);
+    for (int row = 0; row < a.size; ++row) origins[row] = key_origin(a, p, item, keys, row);
+    std::vector<KeyState<D, 32>> states(warps);  // zeros
+    const Rows<T> all = rows_of<T>(a, item.pair, keys.source, keys.row);
+    for (int thread = 0; thread < D; ++thread) {
+      copy_rows<T, D>(k.data(), all.k, all.k_stride, a.size, keys.count, thread, D);
+      copy_rows<T, D>(v.data(), all.v, all.v_stride, a.size, keys.count, thread, D);
+    }
+    for (int64_t at = item.begin; at < item.end; ++at) {
+      const Visitor visitor = visitor_of<T>(a, p, item, at);
+      for (Cursor c = advance(before_all(members), &visitor, 1, members); c.visitor < 1;
+           c = advance(c, &visitor, 1, members)) {
+        for (int thread = 0; thread < D; ++thread) copy_queries<T, D>(stage, a, visitor, c.member, c.first, thread, D);
+        for (int warp = 0; warp < warps; ++warp)
+          key_step<T>(states[warp], k.data(), v.data(), stage, visitor, keys, origins, 16 * warp, c.first, scale);
+      }
+    }
+    for (int warp = 0; warp < warps; ++warp) end_keys<T>(states[warp], a, p, item, keys, 16 * warp);
+  }
+}
+
+// ---- targets that were split ----
+
+constexpr int REDUCE_THREADS = 256;
+
+MKA_HD int64_t reduce_units(const MkaBlockAttentionArgs& a) { return 2 * a.size * a.channels / 4; }
+
+template <typename T>
+__global__ void __launch_bounds__(REDUCE_THREADS) reduce_kernel(const MkaBlockAttentionArgs a, const Plan p) {
+  const Reduction r = p.reductions[blockIdx.x];
+  if (r.target >= 0) reduce_unit<T>(a, p, r, blockIdx.y * REDUCE_THREADS + threadIdx.x);
+}
+
+// ---- all of it ----
+
+template <typename T, int D>
+int launch(const MkaBlockAttentionArgs& a, const Plan& p, cudaStream_t stream) {
+  const int bytes = 4 * tile_bytes<D>, key_bytes = bytes + static_cast<int>(a.size) * D * 4;
+  MKA_TRY(cudaFuncSetAttribute(query_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  MKA_TRY(cudaFuncSetAttribute(key_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, key_bytes));
+  query_kernel<T, D><<<static_cast<unsigned>(query_blocks(a)), WARPS * 32, bytes, stream>>>(a, p);
+  key_kernel<T, D><<<static_cast<unsigned>(p.item_count), static_cast<unsigned>(a.size * 2), key_bytes, stream>>>(a, p);
+  if (p.reduction_count) {
+    const dim3 grid(static_cast<unsigned>(p.reduction_count), static_cast<unsigned>(reduce_units(a) / REDUCE_THREADS));
+    reduce_kernel<T><<<grid, REDUCE_THREADS, 0, stream>>>(a, p);
+  }
+  return launched();
+}
+
+template <typename T, int D>
+int on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
+  queries_on_host<T, D>(a, p);
+  keys_on_host<T, D>(a, p);
+  for (int64_t i = 0; i < p.reduction_count && p.reductions[i].target >= 0; ++i)
+    for (int64_t unit = 0; unit < reduce_units(a); ++unit) reduce_unit<T>(a, p, p.reductions[i], unit);
+  return 0;
+}
+
+#define MKA_BLOCK_DISPATCH(a, call)                           \
+  do {                                                        \
+    if ((a).dtype == MKA_BF16) {                              \
+      using T = __nv_bfloat16;                                \
+      if ((a).channels == 64) return call(64);                \
+      if ((a).channels == 128) return call(128);              \
+    } else if ((a).dtype == MKA_FP16) {                       \
+      using T = __half;                                       \
+      if ((a).channels == 64) return call(64);                \
+      if ((a).channels == 128) return call(128);              \
+    }                                                         \
+    return MKA_REFUSED;                                       \
+  } while (false)
+
+int backward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
+  const Plan p = plan_view(a, true);
+#define MKA_CALL(D) launch<T, D>(a, p, stream)
+  MKA_BLOCK_DISPATCH(a, MKA_CALL);
+#undef MKA_CALL
+}
+
+}  // namespace block
+}  // namespace mka
+
+int mka_block_attention_backward(const MkaBlockAttentionArgs* args, void* stream) {
+  const MkaBlockAttentionArgs& a = *args;
+  if (!mka::block::possible(a) || a.kernel == 2) return MKA_REFUSED;
+  if (a.batch == 0 || a.slots == 0) return 0;
+  const int planned = mka::block::enqueue_plan(a, true, static_cast<cudaStream_t>(stream));
+  return planned ? planned : mka::block::backward_mma(a, static_cast<cudaStream_t>(stream));
+}
+
+int mka_host_block_attention_backward(const MkaBlockAttentionArgs* args) {
+  const MkaBlockAttentionArgs& a = *args;
+  if (!mka::block::possible(a)) return MKA_REFUSED;
+  mka::block::plan_on_host(a, true);
+  const mka::block::Plan p = mka::block::plan_view(a, true);
+#define MKA_CALL(D) mka::block::on_host<T, D>(a, p)
+  MKA_BLOCK_DISPATCH(a, MKA_CALL);
+#undef MKA_CALL
+}
