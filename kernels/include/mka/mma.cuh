@@ -14,9 +14,12 @@
 
 // For loops that the host's compiler may leave as they are.
 #ifdef __CUDA_ARCH__
+#define MKA_PRAGMA(x) _Pragma(#x)
 #define MKA_UNROLL _Pragma("unroll")
+#define MKA_UNROLL_BY(n) MKA_PRAGMA(unroll n)
 #else
 #define MKA_UNROLL
+#define MKA_UNROLL_BY(n)
 #endif
 
 namespace mka {
@@ -130,13 +133,13 @@ MKA_HD void row_sum(float (&x)[LANES]) {
 #endif
 }
 
-// ---- tiles in shared memory: [rows][D], 16-byte aligned ----
+// ---- tiles in shared memory: [rows][D], aligned to a row's 2 D bytes ----
 
 // Where an element lies. Units of 8 channels are exchanged within a row so that the same unit of 8 adjacent rows is in
 // 8 different bank groups.
 template <int D>
 MKA_HD int swizzled(int row, int channel) {
-  static_assert(D % 64 == 0, "a row is whole 128 bytes");
+  static_assert(D == 64 || D == 128 || D == 256, "the exchange is within a row's alignment");
   return row * D + ((channel / 8 ^ (row & 7)) * 8 | (channel & 7));
 }
 
@@ -146,12 +149,32 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// Four matrices [8][8]; lane l's `offset` is where row l % 8 of matrix l / 8 begins. Of each matrix a lane gets row
-// lane / 4, columns lane % 4 * 2 and the next; TRANSPOSED: rows lane % 4 * 2 and the next of column lane / 4.
-template <typename T, bool TRANSPOSED, int LANES>
-MKA_HD void load_matrices(uint32_t (&words)[LANES][4], const T* tile, const int (&offset)[LANES]) {
+// The same; on the GPU what is computed from it is computed again instead of kept in registers.
+template <typename T>
+MKA_HD T* opaque(T* p) {
 #ifdef __CUDA_ARCH__
-  const uint32_t at = shared_address(tile) + 2 * offset[0];
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
+}
+MKA_HD int opaque(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Four matrices [8][8]; row l % 8 of matrix l / 8 is row lane_row(l) from `row`, channel lane_channel(l) (0 or 8) from
+// `channel`. Of each matrix a lane gets row lane / 4, columns lane % 4 * 2 and the next; TRANSPOSED: rows lane % 4 * 2
+// and the next of column lane / 4. `row` is a multiple of 8, `channel` of 16.
+template <typename T, int D, bool TRANSPOSED, int LANES, typename LaneRow, typename LaneChannel>
+MKA_HD void load_matrices(uint32_t (&words)[LANES][4], const T* tile, int row, int channel, const LaneRow& lane_row,
+                          const LaneChannel& lane_channel) {
+#ifdef __CUDA_ARCH__
+  // swizzled<D>(row + lane_row, channel + lane_channel), one instruction from where the lane's (0, 0) lies
+  const int lane = lane_of<LANES>(0);
+  const uint32_t base = shared_address(tile) + 2 * swizzled<D>(lane_row(lane), lane_channel(lane));
+  const uint32_t at = (base ^ 2 * channel) + 2 * D * row;
   if constexpr (TRANSPOSED)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(words[0][0]), "=r"(words[0][1]), "=r"(words[0][2]), "=r"(words[0][3])
@@ -166,60 +189,47 @@ MKA_HD void load_matrices(uint32_t (&words)[LANES][4], const T* tile, const int 
   for (int l = 0; l < LANES; ++l)
     for (int m = 0; m < 4; ++m)
       for (int e = 0; e < 2; ++e) {
-        const int row = TRANSPOSED ? l % 4 * 2 + e : l / 4, column = TRANSPOSED ? l / 4 : l % 4 * 2 + e;
-        memcpy(reinterpret_cast<char*>(&words[l][m]) + 2 * e, tile + offset[8 * m + row] + column, 2);
+        const int i = TRANSPOSED ? l % 4 * 2 + e : l / 4, column = TRANSPOSED ? l / 4 : l % 4 * 2 + e;
+        const int at = swizzled<D>(row + lane_row(8 * m + i), channel + lane_channel(8 * m + i));
+        memcpy(reinterpret_cast<char*>(&words[l][m]) + 2 * e, tile + at + column, 2);
       }
 #endif
 }
 
-// a: rows [row, row + 16), channels [channel, channel + 16); both multiples of 8.
+// a: rows [row, row + 16), channels [channel, channel + 16).
 template <typename T, int D, int LANES>
 MKA_HD void load_a(uint32_t (&a)[LANES][4], const T* tile, int row, int channel) {
-  int offset[LANES];
+  load_matrices<T, D, false, LANES>(
+      a, tile, row, channel, [](int lane) { return lane % 16; }, [](int lane) { return lane / 16 * 8; });
+}
+
+template <int LANES>
+MKA_HD void as_two(uint32_t (&b)[2][LANES][2], const uint32_t (&words)[LANES][4]) {
 MKA_UNROLL
-  for (int l = 0; l < LANES; ++l) {
-    const int lane = lane_of<LANES>(l);
-    offset[l] = swizzled<D>(row + lane % 16, channel + lane / 16 * 8);
-  }
-  load_matrices<T, false, LANES>(a, tile, offset);
+  for (int l = 0; l < LANES; ++l)
+MKA_UNROLL
+    for (int i = 0; i < 4; ++i) b[i / 2][l][i % 2] = words[l][i];
 }
 
 // Two b of the transposed tile: their n is the tile's rows [row, row + 8) and [row + 8, row + 16), k is channels
 // [channel, channel + 16).
 template <typename T, int D, int LANES>
 MKA_HD void load_b(uint32_t (&b)[2][LANES][2], const T* tile, int row, int channel) {
-  int offset[LANES];
   uint32_t words[LANES][4];
-MKA_UNROLL
-  for (int l = 0; l < LANES; ++l) {
-    const int lane = lane_of<LANES>(l);
-    offset[l] = swizzled<D>(row + lane % 8 + lane / 16 * 8, channel + lane / 8 % 2 * 8);
-  }
-  load_matrices<T, false, LANES>(words, tile, offset);
-MKA_UNROLL
-  for (int l = 0; l < LANES; ++l) {
-    b[0][l][0] = words[l][0], b[0][l][1] = words[l][1];
-    b[1][l][0] = words[l][2], b[1][l][1] = words[l][3];
-  }
+  load_matrices<T, D, false, LANES>(
+      words, tile, row, channel, [](int lane) { return lane % 8 + lane / 16 * 8; },
+      [](int lane) { return lane / 8 % 2 * 8; });
+  as_two<LANES>(b, words);
 }
 
 // Two b of the tile as it is: their k is rows [row, row + 16), n is channels [channel, channel + 8) and
 // [channel + 8, channel + 16).
 template <typename T, int D, int LANES>
 MKA_HD void load_b_trans(uint32_t (&b)[2][LANES][2], const T* tile, int row, int channel) {
-  int offset[LANES];
   uint32_t words[LANES][4];
-MKA_UNROLL
-  for (int l = 0; l < LANES; ++l) {
-    const int lane = lane_of<LANES>(l);
-    offset[l] = swizzled<D>(row + lane % 16, channel + lane / 16 * 8);
-  }
-  load_matrices<T, true, LANES>(words, tile, offset);
-MKA_UNROLL
-  for (int l = 0; l < LANES; ++l) {
-    b[0][l][0] = words[l][0], b[0][l][1] = words[l][1];
-    b[1][l][0] = words[l][2], b[1][l][1] = words[l][3];
-  }
+  load_matrices<T, D, true, LANES>(
+      words, tile, row, channel, [](int lane) { return lane % 16; }, [](int lane) { return lane / 16 * 8; });
+  as_two<LANES>(b, words);
 }
 
 // ---- copies into them ----
@@ -227,10 +237,11 @@ MKA_UNROLL
 // 16 bytes to shared memory, or zeros; done after commit and wait (on the host at once).
 MKA_HD void copy_unit(void* to, const void* from, bool wanted) {
 #ifdef __CUDA_ARCH__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(to)), "l"(from), "r"(wanted ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "{ .reg .pred unwanted; setp.eq.u32 unwanted, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, unwanted; }"
+      :
+      : "r"(shared_address(to)), "l"(from), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
 #else
   if (wanted)
     memcpy(to, from, 16);
@@ -240,18 +251,21 @@ MKA_HD void copy_unit(void* to, const void* from, bool wanted) {
 }
 
 // One thread's part of copying `rows` rows, `stride` elements apart, to a tile; those that `wanted(row)` denies become
-// zeros and are not read.
+// zeros and are not read. The threads copy whole rows together, 8 of them or a multiple at a time.
 template <typename T, int D, typename Wanted>
 MKA_HD void copy_rows_where(T* tile, const T* from, int64_t stride, int rows, const Wanted& wanted, int thread, int threads) {
   constexpr int UNITS = D / 8;
+  const int first = thread / UNITS, channel = thread % UNITS * 8, step = threads / UNITS;
+  T* to = tile + swizzled<D>(first, channel);
+  from += first * stride + channel;
 MKA_UNROLL
-  for (int i = 0; i < rows * UNITS / threads; ++i) {
-    const int row = (thread + i * threads) / UNITS, unit = thread % UNITS;
-    copy_unit(tile + swizzled<D>(row, unit * 8), from + row * stride + unit * 8, wanted(row));
+  for (int row = 0; row < rows; row += step) {
+    copy_unit(to + row * D, from, wanted(first + row));
+    from += step * stride;
   }
 }
 
-// The same of the first `wanted` of them. rows * D / 8 and D / 8 divide evenly by and into `threads`.
+// The same of the first `wanted` of them.
 template <typename T, int D>
 MKA_HD void copy_rows(T* tile, const T* from, int64_t stride, int rows, int wanted, int thread, int threads) {
   copy_rows_where<T, D>(tile, from, stride, rows, [=](int row) { return row < wanted; }, thread, threads);
