@@ -228,6 +228,12 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return max(0, _status("VmHWM") - self._before)
 
+    def reserved(self) -> int:
+        """Bytes that PyTorch held of a GPU, used or not; on a CPU, that the process did."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device)
+        return _status("VmHWM")
+
 
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():

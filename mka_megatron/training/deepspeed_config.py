@@ -91,6 +91,14 @@ def clips_itself(config: Config) -> bool:
     return config.engine.zero_stage == 0 and config.training.precision == "fp32"
 
 
+def requested_stage(path: str) -> int | None:
+    """The ZeRO stage that a DeepSpeed JSON asks for, if it does. Raises ConfigError where it cannot be read."""
+    stage = _lookup(_read(path), "zero_optimization.stage")
+    if stage is not None and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
+        raise ConfigError(f"engine.deepspeed_config: {path} sets zero_optimization.stage to {stage!r}; give 0, 1, 2 or 3.")
+    return stage
+
+
 def _ours(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any]:
     training, engine = config.training, config.engine
     result: dict[str, Any] = {

@@ -64,30 +64,37 @@ def block_pairs(spans: Spans, memory: MemoryConfig) -> int:
     return pairs
 
 
-def model_flops(config: Config, vocab_size: int) -> ModelFlops:
-    """Forward FLOPs of the configured model with an output layer of `vocab_size` rows."""
+def weights(config: Config, vocab_size: int) -> int:
+    """Weights of the matrix multiplications that a token passes: projections, gates, MLP, output layer."""
     model = config.model
     variant = VARIANTS[config.attention.variant]
-    if variant.projection == "latent":
-        projections, channels = _latent(config)
-    else:
-        projections, channels = _grouped(config, variant.kv_heads(model))
-    levels = variant.levels(config)
-    for routed in (levels, variant.core_levels(config)):
+    projections = _attention(config)[0]
+    for routed in (variant.levels(config), variant.core_levels(config)):
         if routed > 1:
             projections += _gate(config, variant.kv_heads(model), routed)
-    attention_passes = levels if variant.attends_each_level else 1
     mlp = 3 * model.hidden_size * model.ffn_hidden_size
-    weights = model.num_layers * (projections + mlp) + model.hidden_size * vocab_size
+    return model.num_layers * (projections + mlp) + model.hidden_size * vocab_size
+
+
+def model_flops(config: Config, vocab_size: int) -> ModelFlops:
+    """Forward FLOPs of the configured model with an output layer of `vocab_size` rows."""
+    variant = VARIANTS[config.attention.variant]
+    passes = variant.levels(config) if variant.attends_each_level else 1
     return ModelFlops(
-        per_token=_MULTIPLY_ADD * weights,
-        per_pair=_MULTIPLY_ADD * model.num_layers * attention_passes * channels,
+        per_token=_MULTIPLY_ADD * weights(config, vocab_size),
+        per_pair=_MULTIPLY_ADD * config.model.num_layers * passes * _attention(config)[1],
         pairs=partial(block_pairs, memory=config.memory_hierarchy) if block_core(config) else causal_pairs,
     )
 
 
-def _grouped(config: Config, kv_heads: int) -> tuple[int, int]:
+def _attention(config: Config) -> tuple[int, int]:
     """Projection weights of a layer, and channels of its two attention products, all heads together."""
+    variant = VARIANTS[config.attention.variant]
+    return _latent(config) if variant.projection == "latent" else _grouped(config, variant.kv_heads(config.model))
+
+
+def _grouped(config: Config, kv_heads: int) -> tuple[int, int]:
+    """The same for heads in groups."""
     model = config.model
     query = model.num_attention_heads * model.head_dim
     key_value = 2 * kv_heads * model.head_dim

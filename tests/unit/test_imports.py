@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"attention", "parallel", "files", "ops", "memory", "config"},
     "inference": {"model", "attention", "parallel", "ops", "memory", "config"},
     "conversion": {"training", "model", "parallel", "files", "attention", "ops", "memory", "config"},
+    "benchmark": {"training", "inference", "evaluation", "data", "model", "attention", "parallel", "memory", "config"},
     "training": {"attention", "parallel", "ops", "memory", "config", "model", "data"},
 }
 MEGATRON = {"model", "parallel"}

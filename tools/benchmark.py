@@ -1,0 +1,131 @@
+"""Train the same small GPT with every attention type, on the same rows, and compare.
+
+    python tools/benchmark.py                                              # all types, one seed
+    python tools/benchmark.py --seeds 0,1,2 --output runs/benchmark        # mean and standard deviation
+    python tools/benchmark.py --attention_type fastmka --num_groups 2 --epochs 2 --learning_rate 2e-3
+    python tools/benchmark.py --seq_length 1024,2048,4096                  # tokens/s by type and length
+    torchrun --nproc_per_node=2 tools/benchmark.py
+    deepspeed --num_gpus=2 tools/benchmark.py --deepspeed --deepspeed_config zero2.json
+
+The model is Megatron's and the engine DeepSpeed's, as in training. All types get the same seed, rows, number of tokens and,
+within 1%, of parameters (the MLP takes what the attention leaves). Held-out documents are divided: choices are made on
+one half (tools/ablate.py), this table is of the other. The data are tokenised once, by one rank, and cached.
+
+The loss of training is the mean of its last 10 steps. Memory: on a GPU PyTorch's peak of allocated and of reserved bytes;
+on a CPU the growth of resident memory in this run, and its peak, which what earlier runs left counts into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from mka_megatron.config.errors import ConfigError
+
+ALL = ("mha", "mqa", "gqa", "mla", "mka", "fastmka", "blockmka")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        options = options_of(arguments)
+        if not arguments.dry_run:
+            return run(arguments, options)
+        for name in types_of(arguments):
+            for length in arguments.seq_length or (None,):
+                print(name, *(f"{key}={value}" for key, value in options.items()), f"length={length}", sep="\t")
+    except ConfigError as error:
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--attention_type", default="all", help=f"all, or some of {', '.join(ALL)} (fmka: fastmka), with commas")
+    made.add_argument("--num_groups", type=int, help="key/value heads of the types that have groups")
+    made.add_argument("--batch_size", type=int, help="rows of an optimizer step, over all ranks (default 4)")
+    made.add_argument("--gradient_accumulation_steps", type=int, default=1, help="passes that a rank's rows are cut into")
+    made.add_argument("--epochs", type=int, default=1, help="passes over the training rows")
+    made.add_argument("--tokens", type=int, default=409_600, help="slots of the training rows (default %(default)s)")
+    made.add_argument("--learning_rate", type=float, help="its peak (default 4e-3)")
+    made.add_argument("--seq_length", type=lengths, default=(), help="of a row (default 512); several: speed alone, by length")
+    made.add_argument("--seeds", type=lengths, default=(0,), help="of weights and data order, one run each (default 0)")
+    made.add_argument("--match", default="gqa", help="the type whose number of parameters all get; none: as configured")
+    half = made.add_mutually_exclusive_group()
+    half.add_argument("--fp16", action="store_true", help="half precision")
+    half.add_argument("--bf16", action="store_true", help="bfloat16")
+    made.add_argument("--deepspeed", action="store_true", help="shard optimizer states (ZeRO 1, or the file's stage)")
+    made.add_argument("--deepspeed_config", type=Path, help="DeepSpeed JSON, merged over ours")
+    made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher; the environment says it too
+    made.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="results.json, table.md, plots (%(default)s)")
+    made.add_argument("--config", type=Path, action="append", default=[], help="configuration instead of the small GPT's")
+    made.add_argument("--dry-run", action="store_true", help="list the runs")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="over everything else")
+    return made
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """`4096,8192` as numbers."""
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers separated by commas")
+    return tuple(int(part) for part in parts)
+
+
+def types_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The attention types asked for."""
+    return ALL if arguments.attention_type == "all" else tuple(arguments.attention_type.split(","))
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `settings.contender`. Raises ConfigError."""
+    return {
+        "files": [str(path) for path in arguments.config],
+        "overrides": arguments.overrides,
+        "num_groups": arguments.num_groups,
+        "batch_size": arguments.batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else None,
+        "zero_stage": zero_stage(arguments),
+        "deepspeed_config": None if arguments.deepspeed_config is None else str(arguments.deepspeed_config),
+    }
+
+
+def zero_stage(arguments: argparse.Namespace) -> int | None:
+    """None: as configured."""
+    if arguments.deepspeed_config is not None:
+        from mka_megatron.training.deepspeed_config import requested_stage
+
+        return requested_stage(str(arguments.deepspeed_config)) or (1 if arguments.deepspeed else None)
+    return 1 if arguments.deepspeed else None
+
+
+def run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Train, evaluate, tabulate."""
+    from mka_megatron import run_benchmark
+    from mka_megatron.training.host import use_cores
+
+    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    run_benchmark(
+        types_of(arguments),
+        seeds=arguments.seeds,
+        sequence_lengths=arguments.seq_length,
+        tokens=arguments.tokens,
+        epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        match=None if arguments.match == "none" else arguments.match,
+        output=arguments.output,
+        **options,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
