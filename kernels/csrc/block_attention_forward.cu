@@ -221,11 +221,14 @@ int forward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
 
 int mka_block_attention_forward(const MkaBlockAttentionArgs* args, void* stream) {
   const MkaBlockAttentionArgs& a = *args;
-  if (!mka::block::possible(a) || a.kernel == 2) return MKA_REFUSED;
+  if (!mka::block::possible(a)) return MKA_REFUSED;
+  const bool hopper = a.kernel != 1 && mka::block::hopper_forward_possible(a);
+  if (a.kernel == 2 && !hopper) return MKA_REFUSED;
   if (a.batch == 0 || a.slots == 0) return 0;
   const cudaStream_t at = static_cast<cudaStream_t>(stream);
   const int failed = mka::block::enqueue_plan(a, false, at);
-  return failed ? failed : mka::block::forward_mma(a, at);
+  if (failed) return failed;
+  return hopper ? mka::block::forward_hopper(a, at) : mka::block::forward_mma(a, at);
 }
 
 int mka_host_block_attention_forward(const MkaBlockAttentionArgs* args) {
@@ -234,6 +237,7 @@ int mka_host_block_attention_forward(const MkaBlockAttentionArgs* args) {
   const MkaBlockAttentionArgs& a = *args;
   if (!possible(a)) return MKA_REFUSED;
   if (a.batch == 0 || a.slots == 0) return 0;
+  if (a.kernel == 2) return forward_hopper_on_host(a);
   plan_on_host(a, false);
   const Plan p = plan_view(a, false);
   if (a.dtype == MKA_BF16)

@@ -78,7 +78,7 @@ bool mappable(const hopper::Tensor& t) {
                      stride_fits(t.head_stride, t.heads) && stride_fits(t.batch_stride, t.batch));
 }
 
-bool fits(const MkaBlockAttentionArgs& a) {
+bool has_kernel(const MkaBlockAttentionArgs& a) {
   if (!possible(a) || a.size != TILE_ROWS || (a.channels != 64 && a.channels != 128) || !(a.scale > 0)) return false;
   if (a.slots == 0 || a.batch == 0) return true;
   if (a.chunks >= MOST_ROWS || a.batch >= MOST_ROWS || query_blocks(a) > INT32_MAX) return false;
@@ -208,10 +208,10 @@ int on_host(const MkaBlockAttentionArgs& a) {
 
 bool hopper_forward_possible(const MkaBlockAttentionArgs& a) {
   int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
+  return wgmma::has_kernel(a) && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0 && wgmma::fits(a);
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
 }
 
 int forward_hopper(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
@@ -231,8 +231,9 @@ int forward_hopper(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
 }
 
 int forward_hopper_on_host(const MkaBlockAttentionArgs& a) {
-  if (!wgmma::fits(a)) return MKA_REFUSED;
+  if (!wgmma::has_kernel(a)) return MKA_REFUSED;
   if (query_blocks(a) == 0) return 0;
+  plan_on_host(a, false);
 #define MKA_CALL(D) wgmma::on_host<T, D>(a)
   MKA_BLOCK_DISPATCH(MKA_CALL);
 #undef MKA_CALL
