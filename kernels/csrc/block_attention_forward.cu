@@ -87,14 +87,14 @@ __global__ void __launch_bounds__(THREADS, 2)
     __syncthreads();
     if (threadIdx.x < count) sh.found[threadIdx.x] = find<T>(a, p, task.at, task.list, from + threadIdx.x);
     __syncthreads();
-    int t = next_tile(sh.found, 0, count);
+    int t = next_tile(sh.found, 0, count), ahead = next_tile(sh.found, t + 1, count);
     if (t < count) {
       copy_k(sh.found[t], stage);
       if (stages > 1) copy_v(sh.found[t], stage);
       commit();
     }
     while (t < count) {
-      const int ahead = next_tile(sh.found, t + 1, count), later = stages > 1 ? stage ^ 1 : stage;
+      const int later = stages > 1 ? stage ^ 1 : stage;
       const Found& f = sh.found[t];
       wait<0>();
       __syncthreads();
@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       const bool misses = mine.misses(f);
       float s[2][KEY_ROWS / 8][1][4];
       if (!misses) multiply<T, D, 1>(s, sh.q, sh.stages[stage].k, mine.first);
+      const int after = next_tile(sh.found, ahead + 1, count);
       if (stages == 1) {
         wait<0>();
         __syncthreads();
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         if (mine.partly(f)) hide<1>(s, f.seen, f.from, mine.slot);
         accumulate<T, D, 1>(state, s, sh.stages[stage].v, sh.bias + f.level * QUERY_ROWS + mine.first, scale);
       }
-      t = ahead, stage = later;
+      t = ahead, ahead = after, stage = later;
     }
   }
   wait<0>();

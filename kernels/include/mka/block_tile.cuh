@@ -108,10 +108,11 @@ template <typename T, int D, int THREADS>
 MKA_HD void copy_keys(T* tile, const void* from, int64_t stride, uint64_t seen, int thread) {
   constexpr int UNITS = D / 8;
   thread = opaque(thread);
-  seen >>= thread / UNITS;
+  const int first = thread / UNITS;
+  const uint32_t low = static_cast<uint32_t>(seen >> first), high = static_cast<uint32_t>(seen >> 32 >> first);
   copy_rows_where<T, D>(
-      tile, static_cast<const T*>(from), stride, KEY_ROWS, [=](int row) { return seen >> (row - thread / UNITS) & 1; },
-      thread, THREADS);
+      tile, static_cast<const T*>(from), stride, KEY_ROWS,
+      [=](int row) { return (row - first < 32 ? low : high) & 1u << (row - first) % 32; }, thread, THREADS);
 }
 
 // The first tile from `t` on with anything to do.
@@ -151,7 +152,7 @@ MKA_UNROLL
 // The products of the warp's queries, rows `first` to `first` + 32 of their tile, and the keys.
 template <typename T, int D, int LANES>
 MKA_HD void multiply(Scores<LANES>& s, const T* q, const T* k, int first) {
-  q = opaque(q);
+  q += opaque(first * D);
 MKA_UNROLL
   for (int u = 0; u < 2; ++u)
 MKA_UNROLL
@@ -163,8 +164,8 @@ MKA_UNROLL
 MKA_UNROLL
   for (int channel = 0; channel < D; channel += 16) {
     uint32_t a[2][LANES][4];
-    load_a<T, D, LANES>(a[0], q, first, channel);
-    load_a<T, D, LANES>(a[1], q, first + 16, channel);
+    load_a<T, D, LANES>(a[0], q, 0, channel);
+    load_a<T, D, LANES>(a[1], q, 16, channel);
 MKA_UNROLL
     for (int j = 0; j < KEY_ROWS / 8; j += 2) {
       uint32_t b[2][LANES][2];

@@ -150,13 +150,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 #endif
 
 // The same; on the GPU what is computed from it is computed again instead of kept in registers.
-template <typename T>
-MKA_HD T* opaque(T* p) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(p));
-#endif
-  return p;
-}
 MKA_HD int opaque(int x) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(x));
@@ -234,13 +227,13 @@ MKA_HD void load_b_trans(uint32_t (&b)[2][LANES][2], const T* tile, int row, int
 
 // ---- copies into them ----
 
-// 16 bytes to shared memory, or zeros; done after commit and wait (on the host at once).
-MKA_HD void copy_unit(void* to, const void* from, bool wanted) {
+// 16 bytes to shared memory, or zeros where `wanted` is 0; done after commit and wait (on the host at once).
+MKA_HD void copy_unit(void* to, const void* from, uint32_t wanted) {
 #ifdef __CUDA_ARCH__
   asm volatile(
       "{ .reg .pred unwanted; setp.eq.u32 unwanted, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, unwanted; }"
       :
-      : "r"(shared_address(to)), "l"(from), "r"(static_cast<uint32_t>(wanted))
+      : "r"(shared_address(to)), "l"(from), "r"(wanted)
       : "memory");
 #else
   if (wanted)
