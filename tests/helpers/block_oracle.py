@@ -89,10 +89,25 @@ def attention(
     scale: float,
 ) -> Tensor:
     """[B, S, H, d]; queries that see nothing get 0."""
+    return attend(q, k, v, summaries, pages, bias, table, window, scale)[0]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summaries: tuple[Tensor, Tensor] | None,
+    pages: Pages | None,
+    bias: Tensor | None,
+    table: Table,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """[B, S, H, d] and the logarithms of the sums [B, H, S], +inf for queries that see nothing."""
     batch, slots, heads, channels = q.shape
     groups = k.shape[2]
     count = 0 if summaries is None else summaries[0].shape[1]
-    rows = []
+    rows, sums = [], []
     for row in range(batch):
         columns = []
         for group in range(groups):
@@ -113,8 +128,10 @@ def attention(
                 scores = q[row, :, head] @ torch.cat(keys).T * scale + added
                 scores = scores.masked_fill(level < 0, float("-inf"))
                 # a row that sees nothing: any finite maximum
-                weights = (scores - scores.detach().amax(dim=1, keepdim=True).clamp_min(-1e30)).exp()
+                largest = scores.detach().amax(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+                weights = (scores - largest).exp()
                 total = weights.sum(dim=1, keepdim=True)
                 columns.append(weights / torch.where(total > 0, total, 1) @ torch.cat(values))
+                sums.append(torch.where(total > 0, largest + total.log(), float("inf")).flatten())
         rows.append(torch.stack(columns, dim=1))
-    return torch.stack(rows)
+    return torch.stack(rows), torch.stack(sums).unflatten(0, (batch, heads))

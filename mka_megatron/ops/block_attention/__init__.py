@@ -85,9 +85,10 @@ def block_attention(
 ) -> Tensor:
     """The attention of the slots at hand; differentiable in every floating point tensor that goes in.
 
-    Padding is invisible and its outputs are 0; its contents and (reference) those of other documents, be they NaN,
-    change nothing. A later token, if finite, changes no bit of an earlier output. The arithmetic is fp32, fp64 for
-    fp64.
+    Padding is invisible and its outputs are 0; its contents and (reference; cuda: but for gradients) those of other
+    documents, be they NaN, change nothing. A later token, if finite, changes no bit of an earlier output. The
+    arithmetic is fp32, fp64 for fp64; on tensor cores (cuda, flex) probabilities are rounded to q's dtype before they
+    are multiplied by values.
 
     Args:
         q: [B, S, H, d] rotated queries; fp32, fp64, bf16 or fp16.
