@@ -4,6 +4,7 @@
 #   bash launch/launch_dp_torchrun.sh <config> <nproc> [key=value ...] [--eval-ppl]
 #   bash launch/launch_dp_torchrun.sh configs/hf_qwen_fastmka.yaml 8 'data.train=[corpus.jsonl]' --eval-ppl
 #
+# Several machines: start it on each, with the variables that run_torchrun in ranks.sh names.
 # A second start of the same command resumes. SIGTERM, SIGINT and SIGUSR1 save at the next step and stop.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -14,8 +15,6 @@ shift 2
 make_environment
 
 # A wrong configuration is one sentence from one process, before torchrun starts any.
-WORLD_SIZE="$nproc" python "$ROOT/tools/train_hf.py" "$config" "$@" --print-config >/dev/null
+WORLD_SIZE="$((nproc * ${NNODES:-1}))" python "$ROOT/tools/train_hf.py" "$config" "$@" --print-config >/dev/null
 
-threads_per_rank "$nproc"
-run_ranks python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$nproc" \
-    --shutdown-timeout=600 "$ROOT/tools/train_hf.py" "$config" "$@"
+run_torchrun "$nproc" "$ROOT/tools/train_hf.py" "$config" "$@"

@@ -9,9 +9,10 @@ threads_per_rank() {
 }
 
 # run_ranks LAUNCHER...: a launcher answers a signal with a traceback and exit code 1, so signals go past it: it runs in
-# a session of its own, its ranks get the signal, save, and end with 0, and so does it.
+# a session of its own, its ranks get the signal, save, and end with 0, and so does it. USR1, which Slurm sends to every
+# process of a step, would kill it.
 run_ranks() {
-    setsid "$@" &
+    (trap '' USR1 && exec setsid "$@") &
     runner=$!
     local signal
     for signal in TERM INT HUP USR1; do
@@ -20,6 +21,27 @@ run_ranks() {
     done
     while kill -0 "$runner" 2>/dev/null; do wait "$runner" || true; done
     wait "$runner"
+}
+
+# run_torchrun NPROC PROGRAM...: NPROC ranks of a Python program on this machine: all there are or, where NNODES says how
+# many machines share the job, those of machine NODE_RANK (0, 1, ...). The machines meet at MASTER_ADDR, which is machine
+# 0, and MASTER_PORT (default 29400). LOCAL_ADDR: this machine as the others reach it (default: its name). A job that is
+# started again on some machines while others still wind down needs a new JOB_ID. MAX_RESTARTS (default 0): how often the
+# ranks are started anew, from the newest checkpoint, after one of them failed.
+run_torchrun() {
+    local nproc="$1" meet=(--standalone --local-addr=127.0.0.1)
+    shift
+    threads_per_rank "$nproc"
+    if [ "${NNODES:-1}" != 1 ]; then
+        [ -n "${MASTER_ADDR:-}" ] && [ -n "${NODE_RANK:-}" ] ||
+            fail "NNODES is $NNODES: set MASTER_ADDR to machine 0 and NODE_RANK to this machine's number."
+        meet=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29400}"
+            --rdzv-id="${JOB_ID:-mka}" --rdzv-conf="is_host=$((NODE_RANK == 0))"
+            --local-addr="${LOCAL_ADDR:-$(hostname -f)}")
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a shared store does not outlive the first restart
+    fi
+    run_ranks python -m torch.distributed.run "${meet[@]}" --nproc-per-node="$nproc" \
+        --max-restarts="${MAX_RESTARTS:-0}" --shutdown-timeout=600 "$@"
 }
 
 forward_signal() {

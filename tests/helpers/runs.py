@@ -48,6 +48,12 @@ class Workplace:
         return Run(command, out, self.folder / f"{name}.log")
 
 
+def losses(out: Path) -> list[tuple[int, str, str]]:
+    """`Run.losses` of the run whose output_dir is `out`."""
+    lines = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss_hex"], line["grad_norm_hex"]) for line in lines]
+
+
 class Run:
     """One started command."""
 
@@ -105,8 +111,7 @@ class Run:
 
     def losses(self) -> list[tuple[int, str, str]]:
         """(step, loss, gradient norm) of every step, in hexadecimal: every bit."""
-        lines = [json.loads(line) for line in (self.out / "losses.jsonl").read_text().splitlines()]
-        return [(line["step"], line["loss_hex"], line["grad_norm_hex"]) for line in lines]
+        return losses(self.out)
 
     def metrics(self) -> dict[str, Any]:
         """metrics.json."""
