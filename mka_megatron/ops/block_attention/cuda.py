@@ -21,7 +21,7 @@ CHANNELS = (64, 128)
 SIZES = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 KERNELS = {"best": 0, "mma": 1, "wgmma": 2}
-"""The best for the device; for tensor cores from sm_80 on; for those of sm_90."""
+"""The best for the device; for tensor cores from sm_80 on; for those of sm_90, at least in the forward."""
 
 
 class Args(ctypes.Structure):
@@ -203,6 +203,7 @@ def _backward(
     }
     wide = None if bias is None else _empty(q, *q.shape[:3], 3, dtype=torch.float32)
     readable, grad = _readable(inputs), library.rows(grad)
+    sizes = size, first, window, scale, KERNELS["mma"] if kernel == KERNELS["mma"] else KERNELS["best"]
     args = arguments(readable, sizes, out=out, lse=lse, grad_out=grad, grad_bias=wide, **found)
     _run("mka_block_attention_backward", args, q, backward=True)
     grads = list(found.values())
