@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   };
 
   copy_queries<T, D>(sh.q, a.q, a.q_strides, a, task.at, task.tokens, threadIdx.x, THREADS);
+  commit();
   copy_bias(sh.bias, a, task.at, task.tokens, threadIdx.x, THREADS);
   State<D, 1> state;
   clear(state);
