@@ -18,7 +18,9 @@ import os
 import re
 import shutil
 import subprocess
+import struct
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +33,10 @@ FLAGS = (
     "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Xcompiler", "-fPIC",
     "-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-Wall", "-cudart", "static",
 )  # fmt: skip
+# what a Hopper kernel is made for, by the low 9 bits of the machine instruction
+INSTRUCTIONS = {0x1F0: "HGMMA", 0x1B4: "UTMALDG"}
+_SLOW = re.compile(r"^.*\(C75(?:08|10)\).*$", re.MULTILINE)
+_HAS = re.compile(r"^mka: '([\w$.]+)' for 'sm_(\w+)' has ([\w ]+)$", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _KERNEL = re.compile(
     r"(?:Compiling entry function|Function properties for) '?([\w$.]+)'?(?: for 'sm_(\w+)')?|"
@@ -57,6 +63,8 @@ class Kernel:
     """0 for a function that is no kernel."""
     shared: int = 0
     """Static bytes."""
+    instructions: tuple[str, ...] = ()
+    """Which of INSTRUCTIONS it has."""
 
 
 def sources(folder: Path = HERE) -> list[Path]:
@@ -102,7 +110,7 @@ def build(
         the resources of every function for every target.
 
     Raises:
-        BuildError: there is no nvcc or no source, the compiler fails, or a function spills or has a stack frame.
+        BuildError: there is no nvcc or no source, the compiler fails, or a function is not as it should be.
     """
     nvcc = nvcc or find_nvcc()
     if nvcc is None:
@@ -122,6 +130,11 @@ def build(
             f"{k.name} (sm_{k.target}: {k.spills} bytes spilled, {k.stack} bytes of stack)" for k in wrong
         )
         raise BuildError(f"registers spill or a stack frame is used in {names}.")
+    for file, (_, some) in zip(files, made, strict=True):
+        for k in some if _for_hopper(file) else []:
+            lacking = sorted(set(INSTRUCTIONS.values()) - set(k.instructions))
+            if k.target == "90a" and k.registers and lacking:
+                raise BuildError(f"{k.name} of {file.name} has no {' and no '.join(lacking)} for sm_90a.")
     about = {"source_hash": whole, "targets": list(targets), "nvcc": version.strip().splitlines()[-1]}
     record = json.dumps({**about, "kernels": [asdict(k) for k in kernels]}, indent=1) + "\n"
     beside = out.with_suffix(".json")
@@ -134,22 +147,44 @@ def build(
 def _compile(
     nvcc: str, version: str, file: Path, targets: tuple[str, ...], cache: Path, folder: Path
 ) -> tuple[Path, list[Kernel]]:
-    key = _digest([*_included(file, folder), file], folder, *FLAGS, *targets, version)
+    inspected = ["instructions"] if _for_hopper(file) else []
+    key = _digest([*_included(file, folder), file], folder, *FLAGS, *targets, version, *inspected)
     made, log = cache / f"{file.stem}-{key[:20]}.o", cache / f"{file.stem}-{key[:20]}.log"
     if not (made.exists() and log.exists()):
         part = made.with_suffix(f".{os.getpid()}.o")
         gencode = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
         include = [f"-I{folder}", f"-I{folder / 'include'}"]
-        run = subprocess.run(
-            [nvcc, *FLAGS, *gencode, *include, "-c", str(file), "-o", str(part)],
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode:
-            raise BuildError(f"{file.name} does not compile:\n{run.stdout}{run.stderr}")
-        _write(log, run.stdout + run.stderr)
+        with tempfile.TemporaryDirectory(dir=cache) as kept:
+            keep = ["-keep", "-keep-dir", kept] if inspected else []
+            run = subprocess.run(
+                [nvcc, *FLAGS, *gencode, *include, *keep, "-c", str(file), "-o", str(part)],
+                capture_output=True,
+                text=True,
+            )
+            if run.returncode:
+                raise BuildError(f"{file.name} does not compile:\n{run.stdout}{run.stderr}")
+            has = [
+                f"mka: '{name}' for 'sm_{_target(image, targets)}' has {' '.join(sorted(found))}\n"
+                for image in sorted(Path(kept).glob("*.cubin"))
+                for name, found in instructions(image.read_bytes()).items()
+                if found
+            ]
+        _write(log, run.stdout + run.stderr + "".join(has))
         os.replace(part, made)
-    return made, resources(log.read_text(encoding="utf-8"))
+    text = log.read_text(encoding="utf-8")
+    if slow := _SLOW.search(text):
+        raise BuildError(f"{file.name}: {slow[0].strip()}")
+    return made, resources(text)
+
+
+def _for_hopper(file: Path) -> bool:
+    return "_hopper" in file.stem
+
+
+def _target(image: Path, targets: tuple[str, ...]) -> str:
+    """Of a cubin that nvcc kept: its name says it where there are several."""
+    named = re.search(r"\.(?:compute|sm)_(\w+)$", image.stem)
+    return named[1] if named else targets[0]
 
 
 def _link(nvcc: str, objects: list[Path], whole: str, out: Path, cache: Path) -> None:
@@ -195,6 +230,25 @@ def resources(log: str) -> list[Kernel]:
             found[-1].stack, found[-1].spills = int(stack), int(stores) + int(loads)
         elif registers:
             found[-1].registers, found[-1].shared = int(registers), int(shared or 0)
+    has = {(name, arch): tuple(which.split()) for name, arch, which in _HAS.findall(log)}
+    for kernel in found:
+        kernel.instructions = has.get((kernel.name, kernel.target), ())
+    return found
+
+
+def instructions(image: bytes) -> dict[str, set[str]]:
+    """Which of INSTRUCTIONS each kernel of a cubin has (an ELF file of sections .text.<kernel>, 16 bytes an instruction)."""
+    (table,) = struct.unpack_from("<Q", image, 0x28)
+    size, count, names = struct.unpack_from("<3H", image, 0x3A)
+    # (name, ..., offset, bytes) of each section
+    sections = [struct.unpack_from("<II4Q", image, table + i * size) for i in range(count)]
+    found: dict[str, set[str]] = {}
+    for name, _, _, _, offset, length in sections:
+        begin = sections[names][4] + name
+        label = image[begin : image.index(0, begin)].decode()
+        if label.startswith(".text."):
+            words = struct.unpack_from(f"<{length // 8}Q", image, offset)[::2]
+            found[label[6:]] = {INSTRUCTIONS[w & 0x1FF] for w in words if w & 0x1FF in INSTRUCTIONS}
     return found
 
 

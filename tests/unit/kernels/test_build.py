@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -63,6 +64,8 @@ def test_every_kernel_is_within_its_resources(library: ctypes.CDLL, build_script
     by_target = {t: {k["name"] for k in record["kernels"] if k["target"] == t} for t in record["targets"]}
     assert by_target["80"] == by_target["90a"] and len(by_target["80"]) >= 28
     assert all(k["stack"] == k["spills"] == 0 for k in record["kernels"])
+    hopper = [k for k in record["kernels"] if k["target"] == "90a" and "UTMALDG" in k["instructions"]]
+    assert len(hopper) >= 4 and all("HGMMA" in k["instructions"] for k in hopper)
 
 
 def test_the_library_has_what_the_header_declares(library: ctypes.CDLL) -> None:
@@ -93,6 +96,32 @@ def test_a_stack_frame_fails_the_build(folder: Path, build_script: ModuleType) -
     with pytest.raises(build_script.BuildError, match=r"stacked.*sm_80: 0 bytes spilled, 256 bytes of stack"):
         build_script.build(folder / "lib.so", targets=("80",), cache=folder / "cache", folder=folder)
     assert not (folder / "lib.so").exists()
+
+
+def test_a_hopper_kernel_without_hoppers_instructions_fails_the_build(folder: Path, build_script: ModuleType) -> None:
+    """What a source of that name is for; of others nothing is asked."""
+    build = partial(build_script.build, folder / "lib.so", cache=folder / "cache", folder=folder)
+    (folder / "csrc" / "plain.cu").write_text(PLAIN)
+    assert all(k.instructions == () for k in build(targets=("90a",)))
+    (folder / "csrc" / "plain.cu").rename(folder / "csrc" / "plain_hopper.cu")
+    with pytest.raises(build_script.BuildError, match=r"plain.* of plain_hopper\.cu has no HGMMA and no UTMALDG for sm_90a"):
+        build(targets=("80", "90a"))
+    with pytest.raises(build_script.BuildError, match="has no HGMMA"):
+        build(targets=("90a",))
+
+
+@pytest.mark.parametrize("warning", ["(C7510) Potential Performance Loss: serialized", "(C7508) setmaxnreg ignored"])
+def test_what_ptxas_says_of_slow_kernels_fails_the_build(
+    warning: str, folder: Path, tmp_path: Path, build_script: ModuleType
+) -> None:
+    (folder / "csrc" / "plain.cu").write_text(PLAIN)
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(f"#!/bin/sh\n{build_script.find_nvcc()} \"$@\" && echo \"ptxas info : {warning}\"\n")
+    compiler.chmod(0o755)
+    with pytest.raises(build_script.BuildError, match=r"plain\.cu: ptxas info : \(C75"):
+        build_script.build(
+            folder / "lib.so", targets=("80",), nvcc=str(compiler), cache=folder / "cache", folder=folder
+        )
 
 
 def test_only_what_changed_is_compiled(folder: Path, build_script: ModuleType) -> None:
