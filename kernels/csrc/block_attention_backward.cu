@@ -7,8 +7,10 @@
 
 namespace mka {
 namespace block {
+namespace backward {
 
 constexpr int WARPS = QUERY_ROWS / 16;
+constexpr int TURNS = 4;   // that a block of the keys looks back and ahead over
 constexpr int BATCH = 64;  // tiles, or visits, that a block resolves at a time, one per thread
 
 template <int D>
@@ -47,9 +49,10 @@ __global__ void __launch_bounds__(WARPS * 32, 1) query_kernel(const MkaBlockAtte
     for (int t = 0; t < count; ++t) {
       wait<0>();
       __syncthreads();
-      if (t + 1 < count) copy_keys<T, D>(k_of(t + 1), v_of(t + 1), found[t + 1], threadIdx.x, WARPS * 32);
-      commit();
-      if (q.tokens > 0) query_step<T>(state, kept[warp], k_of(t), v_of(t), found[t], q.first, scale);
+      query_step<T>(state, kept[warp], k_of(t), v_of(t), found[t], q, scale, [&] {
+        if (t + 1 < count && found[t + 1].seen) copy_keys<T, D>(k_of(t + 1), v_of(t + 1), found[t + 1], threadIdx.x, WARPS * 32);
+        commit();
+      });
     }
   }
   end_queries<T>(state, kept[warp], a, q);
@@ -71,7 +74,7 @@ void queries_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
       for (int thread = 0; thread < D; ++thread) copy_keys<T, D>(k.data(), v.data(), f, thread, D);
       for (int warp = 0; warp < WARPS; ++warp) {
         const Queries q = queries_of(a, p, tile, warp);
-        if (q.tokens > 0) query_step<T>(states[warp], kept[warp], k.data(), v.data(), f, q.first, scale);
+        query_step<T>(states[warp], kept[warp], k.data(), v.data(), f, q, scale, [] {});
       }
     }
     for (int warp = 0; warp < WARPS; ++warp) end_queries<T>(states[warp], kept[warp], a, queries_of(a, p, tile, warp));
@@ -79,22 +82,6 @@ void queries_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
 }
 
 // ---- dK and dV ----
-
-// Where a block is among its visitors: `first` of the chunk's slots on, of one query head.
-struct Cursor {
-  int visitor, first, member;
-};
-
-// The next turn of at most `count` visitors.
-MKA_HD Cursor advance(Cursor at, const Visitor* visitors, int count, int members) {
-  if (++at.member < members) return at;
-  at.member = 0;
-  at.first += STEP;
-  while (at.visitor < count && at.first >= visitors[at.visitor].tokens) ++at.visitor, at.first = 0;
-  return at;
-}
-
-MKA_HD Cursor before_all(int members) { return {0, -STEP, members - 1}; }
 
 MKA_HD int32_t key_origin(const MkaBlockAttentionArgs& a, const Plan& p, const Item& item, const Keys& keys, int row) {
   const int64_t number = keys.number + row;
@@ -108,58 +95,68 @@ __global__ void __launch_bounds__(WARPS * 32, 1) key_kernel(const MkaBlockAttent
   extern __shared__ __align__(256) unsigned char dynamic[];
   __shared__ float rows[2][3 * STEP];
   __shared__ Visitor visitors[BATCH];
+  __shared__ Turn turns[TURNS];
   __shared__ int32_t origins[16 * WARPS];
   // in shared memory, so that no register is spent on them
   __shared__ MkaBlockAttentionArgs a;
   __shared__ Plan p;
   __shared__ Item item;
   __shared__ Keys keys;
-  __shared__ int members;
+  __shared__ int members, count;
+  __shared__ float scale;
   if (plan.items[blockIdx.x].target < 0) return;
   if (threadIdx.x == 0) {
     a = args, p = plan, item = p.items[blockIdx.x];
     keys = target_keys(a, p, item.pair, item.target);
     members = static_cast<int>(a.heads / a.groups);
+    scale = static_cast<float>(a.scale) * TO_BASE_2;
   }
   __syncthreads();
-  const int threads = blockDim.x, row = threadIdx.x / 32 * 16;
+  const auto row = [] { return opaque(static_cast<int>(threadIdx.x)) / 32 * 16; };
   if (threadIdx.x < a.size) origins[threadIdx.x] = key_origin(a, p, item, keys, threadIdx.x);
   T* k_tile = reinterpret_cast<T*>(dynamic + 4 * tile_bytes<D>);
   T* v_tile = k_tile + a.size * D;
   {
     const Rows<T> all = rows_of<T>(a, item.pair, keys.source, keys.row);
-    copy_rows<T, D>(k_tile, all.k, all.k_stride, a.size, keys.count, threadIdx.x, threads);
-    copy_rows<T, D>(v_tile, all.v, all.v_stride, a.size, keys.count, threadIdx.x, threads);
+    copy_rows<T, D>(k_tile, all.k, all.k_stride, a.size, keys.count, threadIdx.x, blockDim.x);
+    copy_rows<T, D>(v_tile, all.v, all.v_stride, a.size, keys.count, threadIdx.x, blockDim.x);
   }
   KeyState<D, 1> state;
   clear(state.grad_k);
   clear(state.grad_v);
-  const auto stage = [&](int i) { return Stage<T>{reinterpret_cast<T*>(dynamic + i * 2 * tile_bytes<D>), rows[i]}; };
-  const auto copy = [&](const Cursor& c, int to) {
-    copy_queries<T, D>(stage(to), a, visitors[c.visitor], c.member, c.first, threadIdx.x, threads);
+  const auto stage = [&](int t) {
+    return Stage<T>{reinterpret_cast<T*>(dynamic + t % 2 * 2 * tile_bytes<D>), rows[t % 2]};
   };
-  for (int from = item.begin; from < item.end; from += BATCH) {
-    const int count = item.end - from < BATCH ? item.end - from : BATCH;
+  const auto copy = [&](int t) { copy_turn<T, D>(stage(t), a, turns[t % TURNS], threadIdx.x, blockDim.x); };
+  while (item.begin < item.end) {
+    const int thread = threadIdx.x;
+    if (thread < BATCH && item.begin + thread < item.end) visitors[thread] = visitor_of<T>(a, p, item, item.begin + thread);
     __syncthreads();
-    if (threadIdx.x < count) visitors[threadIdx.x] = visitor_of<T>(a, p, item, from + threadIdx.x);
+    if (thread == 0) {
+      count = static_cast<int>(min64(BATCH, item.end - item.begin));
+      item.begin += count;
+      turns[0] = turn_from<T>(a, visitors, count, 0, 0, 0);
+      turns[1] = turn_after<T>(a, visitors, count, members, turns[0]);
+    }
     __syncthreads();
-    int at = 0;
-    Cursor now = advance(before_all(members), visitors, count, members);
-    if (now.visitor < count) copy(now, at);
+    if (turns[0].tokens > 0) copy(0);
     commit();
-    while (now.visitor < count) {
+    for (int t = 0; turns[t % TURNS].tokens > 0; ++t) {
       wait<0>();
       __syncthreads();
-      const Cursor next = advance(now, visitors, count, members);
-      if (next.visitor < count) copy(next, at ^ 1);
-      commit();
-      const float scale = static_cast<float>(a.scale) * TO_BASE_2;
-      key_step<T>(state, k_tile, v_tile, stage(at), visitors[now.visitor], keys, origins, row, now.first, scale);
-      now = next;
-      at ^= 1;
+      const auto look_ahead = [&] {
+        if (turns[(t + 1) % TURNS].tokens > 0) copy(t + 1);
+        commit();
+        // four warps take turns in looking two ahead
+        if (threadIdx.x == t % 4 * 32)
+          turns[(t + 2) % TURNS] = turn_after<T>(a, visitors, count, members, turns[(t + 1) % TURNS]);
+      };
+      key_step<T>(
+          state, k_tile, v_tile, stage(t), turns[t % TURNS], visitors, keys, origins, row(), scale, look_ahead);
     }
+    __syncthreads();
   }
-  end_keys<T>(state, a, p, item, keys, row);
+  end_keys<T>(state, a, p, item, keys, row());
 }
 
 template <typename T, int D>
@@ -183,11 +180,10 @@ void keys_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
     }
     for (int64_t at = item.begin; at < item.end; ++at) {
       const Visitor visitor = visitor_of<T>(a, p, item, at);
-      for (Cursor c = advance(before_all(members), &visitor, 1, members); c.visitor < 1;
-           c = advance(c, &visitor, 1, members)) {
-        for (int thread = 0; thread < D; ++thread) copy_queries<T, D>(stage, a, visitor, c.member, c.first, thread, D);
+      for (Turn t = turn_from<T>(a, &visitor, 1, 0, 0, 0); t.tokens > 0; t = turn_after<T>(a, &visitor, 1, members, t)) {
+        for (int thread = 0; thread < D; ++thread) copy_turn<T, D>(stage, a, t, thread, D);
         for (int warp = 0; warp < warps; ++warp)
-          key_step<T>(states[warp], k.data(), v.data(), stage, visitor, keys, origins, 16 * warp, c.first, scale);
+          key_step<T>(states[warp], k.data(), v.data(), stage, t, &visitor, keys, origins, 16 * warp, scale, [] {});
       }
     }
     for (int warp = 0; warp < warps; ++warp) end_keys<T>(states[warp], a, p, item, keys, 16 * warp);
@@ -245,9 +241,11 @@ int on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
     return MKA_REFUSED;                                       \
   } while (false)
 
+}  // namespace backward
+
 int backward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
   const Plan p = plan_view(a, true);
-#define MKA_CALL(D) launch<T, D>(a, p, stream)
+#define MKA_CALL(D) backward::launch<T, D>(a, p, stream)
   MKA_BLOCK_DISPATCH(a, MKA_CALL);
 #undef MKA_CALL
 }
@@ -268,7 +266,7 @@ int mka_host_block_attention_backward(const MkaBlockAttentionArgs* args) {
   if (!mka::block::possible(a)) return MKA_REFUSED;
   mka::block::plan_on_host(a, true);
   const mka::block::Plan p = mka::block::plan_view(a, true);
-#define MKA_CALL(D) mka::block::on_host<T, D>(a, p)
+#define MKA_CALL(D) mka::block::backward::on_host<T, D>(a, p)
   MKA_BLOCK_DISPATCH(a, MKA_CALL);
 #undef MKA_CALL
 }

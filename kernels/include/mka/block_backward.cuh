@@ -9,6 +9,7 @@
 
 namespace mka {
 namespace block {
+namespace backward {
 
 constexpr float TO_BASE_2 = 1.4426950408889634f;
 constexpr int STEP = 64;        // keys, or queries, that a block takes at a time
@@ -81,14 +82,14 @@ MKA_UNROLL
     }
 }
 
-// The same with a from rows [a_row, a_row + 16) of another tile.
+// The same with the first 16 rows of another tile as a.
 template <typename T, int D, int N, int LANES>
-MKA_HD void times_rows(float (&c)[2 * N][LANES][4], const T* a_tile, int a_row, const T* tile, int row) {
+MKA_HD void times_rows(float (&c)[2 * N][LANES][4], const T* a_tile, const T* tile, int row) {
   clear(c);
 MKA_UNROLL
   for (int step = 0; step < D / 16; ++step) {
     uint32_t a[LANES][4];
-    load_a<T, D, LANES>(a, a_tile, a_row, 16 * step);
+    load_a<T, D, LANES>(a, a_tile, 0, 16 * step);
 MKA_UNROLL
     for (int n = 0; n < N; ++n) {
       uint32_t b[2][LANES][2];
@@ -247,15 +248,20 @@ MKA_HD void copy_keys(T* k, T* v, const Found& f, int thread, int threads) {
   copy_rows_where<T, D>(v, static_cast<const T*>(f.v), f.v_stride, STEP, wanted, thread, threads);
 }
 
-// first: slot of the warp's first row; scale: of the scores, times log2 e.
-template <typename T, int D, int LANES>
-MKA_HD void query_step(
-    QueryState<D, LANES>& s, QueryRows& kept, const T* k, const T* v, const Found& f, int first, float scale) {
-  const uint64_t seen = f.seen;
-  const int from = f.from;
-  if (seen == 0 || from > first + 15) return;
+// scale: of the scores, times log2 e. `meanwhile` is called once, while products are under way.
+template <typename T, int D, int LANES, typename Meanwhile>
+MKA_HD void query_step(QueryState<D, LANES>& s, QueryRows& kept, const T* k, const T* v, const Found& f, const Queries& q,
+                       float scale, const Meanwhile& meanwhile) {
+  // no token, no key, or all keys behind the queries
+  if (q.tokens == 0 || f.seen == 0 || f.from > q.first + 15) {
+    meanwhile();
+    return;
+  }
   float x[STEP / 8][LANES][4], y[STEP / 8][LANES][4];
   times_rows<T, D, STEP / 16, LANES>(x, s.q, k, 0);
+  meanwhile();
+  const uint64_t seen = f.seen;
+  const int from = f.from, first = q.first;
 MKA_UNROLL
   for (int l = 0; l < LANES; ++l)
 MKA_UNROLL
@@ -322,5 +328,6 @@ MKA_UNROLL
     }
 }
 
+}  // namespace backward
 }  // namespace block
 }  // namespace mka

@@ -5,6 +5,7 @@
 
 namespace mka {
 namespace block {
+namespace backward {
 
 // A visit: where the queries of its first head are, of the KV head's, from the chunk's first slot on.
 struct Visitor {
@@ -60,28 +61,68 @@ MKA_HD void copy_word(float* to, const float* from, bool wanted) {
 #endif
 }
 
-// One thread's part of copying the queries from slot `first` on of a visitor's `member`-th head; rows without a token
-// become zeros, which add nothing to dK and dV. `threads` is a multiple of D.
+// STEP queries of one head of a visitor: where they are, as in Visitor. The heads of a visitor follow one another.
+struct Turn {
+  const void* q;
+  const void* grad_out;
+  const float* lse;
+  const float* delta;
+  const float* bias;
+  int32_t visitor;  // its number
+  int32_t member;   // head, of the KV head's
+  int32_t first;    // slot in the chunk
+  int32_t tokens;   // from there on; 0: the visitors are through
+};
+
+// Turn (visitor, member, first), or the first after it with tokens.
+template <typename T>
+MKA_HD Turn turn_from(
+    const MkaBlockAttentionArgs& a, const Visitor* visitors, int count, int32_t visitor, int32_t member, int32_t first) {
+  while (visitor < count && first >= visitors[visitor].tokens) ++visitor, first = 0;
+  if (visitor >= count) return Turn{};
+  const Visitor& v = visitors[visitor];
+  const int64_t flat = member * a.slots + first;
+  return {static_cast<const T*>(v.q) + member * a.q_strides[2] + first * a.q_strides[1],
+          static_cast<const T*>(v.grad_out) + member * a.grad_strides[2] + first * a.grad_strides[1],
+          v.lse + flat,
+          v.delta + flat,
+          v.bias ? v.bias + first * a.bias_strides[1] : nullptr,
+          visitor,
+          member,
+          first,
+          v.tokens - first};
+}
+
+template <typename T>
+MKA_HD Turn turn_after(const MkaBlockAttentionArgs& a, const Visitor* visitors, int count, int members, const Turn& t) {
+  const bool more = t.member + 1 < members;
+  return turn_from<T>(a, visitors, count, t.visitor, more ? t.member + 1 : 0, more ? t.first : t.first + STEP);
+}
+
+// One thread's part of copying a turn; rows without a token become zeros, which add nothing to dK and dV. The threads
+// copy whole rows together, 8 of them or a multiple at a time.
 template <typename T, int D>
-MKA_HD void copy_queries(const Stage<T>& to, const MkaBlockAttentionArgs& a, const Visitor& v, int member, int first,
-                         int thread, int threads) {
-  const int wanted = v.tokens - first, at = thread / (D / 8), next = threads / (D / 8), unit = thread % (D / 8) * 8;
-  T* tile = to.tile + swizzled<D>(at, unit);
-  const T* q = static_cast<const T*>(v.q) + member * a.q_strides[2] + (first + at) * a.q_strides[1] + unit;
-  const T* grad = static_cast<const T*>(v.grad_out) + member * a.grad_strides[2] + (first + at) * a.grad_strides[1] + unit;
-  for (int row = at; row < STEP; row += next) {
+MKA_HD void copy_turn(const Stage<T>& to, const MkaBlockAttentionArgs& a, const Turn& t, int thread, int threads) {
+  thread = opaque(thread), threads = opaque(threads);
+  const int first = thread / (D / 8), step = threads / (D / 8), channel = thread % (D / 8) * 8, wanted = t.tokens;
+  T* tile = to.tile + swizzled<D>(first, channel);
+  const int64_t q_stride = a.q_strides[1], grad_stride = a.grad_strides[1];
+  const T* q = static_cast<const T*>(t.q) + first * q_stride + channel;
+  const T* grad = static_cast<const T*>(t.grad_out) + first * grad_stride + channel;
+  const int64_t q_step = step * q_stride, grad_step = step * grad_stride;
+MKA_UNROLL_BY(2)
+  for (int row = first; row < STEP; row += step) {
     // rows that are a multiple of 8 apart are swizzled alike
     copy_unit(tile, q, row < wanted);
     copy_unit(tile + STEP * D, grad, row < wanted);
-    tile += next * D;
-    q += next * a.q_strides[1];
-    grad += next * a.grad_strides[1];
+    tile += step * D;
+    q += q_step;
+    grad += grad_step;
   }
   for (int row = thread; row < STEP; row += threads) {
-    const int64_t slot = first + row, flat = member * a.slots + slot;
-    copy_word(to.rows + row, v.lse + flat, row < wanted);
-    copy_word(to.rows + STEP + row, v.delta + flat, row < wanted);
-    copy_word(to.rows + 2 * STEP + row, v.bias ? v.bias + slot * a.bias_strides[1] : v.lse, v.bias && row < wanted);
+    copy_word(to.rows + row, t.lse + row, row < wanted);
+    copy_word(to.rows + STEP + row, t.delta + row, row < wanted);
+    copy_word(to.rows + 2 * STEP + row, t.bias ? t.bias + row * a.bias_strides[1] : t.lse, t.bias && row < wanted);
   }
 }
 
@@ -96,13 +137,21 @@ MKA_HD int first_slot(const Visitor& v, const Keys& keys, const int32_t* origins
   return v.diagonal ? row : 0;
 }
 
-// The target's rows lie in k_tile and v_tile, the warp's from `row` on; scale: of the scores, times log2 e.
-template <typename T, int D, int LANES>
-MKA_HD void key_step(KeyState<D, LANES>& s, const T* k_tile, const T* v_tile, const Stage<T>& from, const Visitor& v,
-                     const Keys& keys, const int32_t* origins, int row, int first, float scale) {
-  if (v.diagonal && row > first + STEP - 1) return;
+// The target's rows lie in k_tile and v_tile, the warp's from `row` on; scale: of the scores, times log2 e. `meanwhile`
+// is called once, while products are under way.
+template <typename T, int D, int LANES, typename Meanwhile>
+MKA_HD void key_step(KeyState<D, LANES>& s, const T* k_tile, const T* v_tile, const Stage<T>& from, const Turn& turn,
+                     const Visitor* visitors, const Keys& keys, const int32_t* origins, int row, const float& scale,
+                     const Meanwhile& meanwhile) {
   float x[STEP / 8][LANES][4], y[STEP / 8][LANES][4];
-  times_rows<T, D, STEP / 16, LANES>(x, k_tile, row, from.tile, 0);
+  // a warp whose keys all lie behind the queries has nothing to do
+  const bool behind = visitors[turn.visitor].diagonal && row > turn.first + STEP - 1;
+  if (behind) {
+    meanwhile();
+    return;
+  }
+  times_rows<T, D, STEP / 16, LANES>(x, k_tile + row * D, from.tile, 0);
+  meanwhile();
 MKA_UNROLL
   for (int n = 0; n < STEP / 8; ++n)
 MKA_UNROLL
@@ -114,7 +163,9 @@ MKA_UNROLL
       for (int e = 0; e < 4; ++e)
         x[n][l][e] = exp2_of(x[n][l][e] * scale + (bias.at[e % 2] - lse.at[e % 2]) * TO_BASE_2);
     }
-  times_rows<T, D, STEP / 16, LANES>(y, v_tile, row, from.tile, STEP);
+  times_rows<T, D, STEP / 16, LANES>(y, v_tile + row * D, from.tile, STEP);
+  const Visitor& v = visitors[turn.visitor];
+  const int first = turn.first;
   if (v.level == SUMMARY || (v.diagonal && row + 15 > first)) {
 MKA_UNROLL
     for (int l = 0; l < LANES; ++l)
@@ -200,5 +251,6 @@ MKA_UNROLL
   store_vec((unit < a.size * channels ? to.k : to.v) + row * to.stride + unit % channels * 4, rounded);
 }
 
+}  // namespace backward
 }  // namespace block
 }  // namespace mka
