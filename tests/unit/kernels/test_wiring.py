@@ -29,7 +29,10 @@ from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import Selector
 from mka_megatron.memory.view import Alone, Memory, Update
-from tests.helpers import oracle
+from mka_megatron.ops import block_attention
+from mka_megatron.ops.block_attention.layout import Layout
+from tests.helpers import block_oracle, oracle
+from tests.helpers.host_block_attention import run_on_host as run_blocks_on_host
 from tests.helpers.host_kernels import register_recall
 from tests.helpers.host_route_fuse import run_on_host
 from tests.helpers.layouts import chunked
@@ -39,6 +42,7 @@ B, S, H, G, D, C, R = 2, 8 * 64 + 21, 4, 2, 64, 64, 2
 SCALE = D**-0.5
 VARIANTS = {"fastmka": fastmka, "mka": mka, "blockmka": blockmka}
 FUSION = {"mka_host_route_fuse_forward", "mka_host_route_fuse_backward"}
+BLOCKS = {"mka_host_block_attention_forward", "mka_host_block_attention_backward"}
 RECALL = {"mka_host_recall_pool", "mka_host_recall_queries", "mka_host_recall_select"}
 
 
@@ -61,6 +65,7 @@ def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reco
     recorded = Recorded(library)
     register_recall(recorded)  # type: ignore[arg-type]
     run_on_host(recorded, monkeypatch)  # type: ignore[arg-type]
+    run_blocks_on_host(recorded, monkeypatch)  # type: ignore[arg-type]
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield recorded
     torch.use_deterministic_algorithms(False)
@@ -125,8 +130,11 @@ class Run:
     update: Update | None
 
 
-def run(case: Case, where: Documents, backend: str, wide: bool = False, memory: Memory | None = None) -> Run:
-    """Outputs, and the gradients of a fixed functional of them, of the same numbers; `wide`: in fp64."""
+def run(
+    case: Case, where: Documents, backend: str, wide: bool = False, memory: Memory | None = None, half: bool = False
+) -> Run:
+    """Outputs, and the gradients of a fixed functional of them, of the same numbers; `wide`: in fp64; `half`: queries,
+    keys and values that bf16 has and, but for `wide`, in it, where the block core has kernels, too, and an eager peer."""
     torch.manual_seed(0)
     dtype = torch.float64 if wide else torch.float32
 
@@ -136,6 +144,9 @@ def run(case: Case, where: Documents, backend: str, wide: bool = False, memory: 
     slots = where.starts.shape[1]
     # sequence first, a group's queries beside its key and value, as the projection leaves them
     projected = leaf(slots, B, G, (H // G + 2) * D)
+    if half:
+        rounded = projected.detach().to(torch.bfloat16)
+        projected = (rounded.to(dtype) if wide else rounded).requires_grad_()
     q, k, v = projected.transpose(0, 1).split((H // G * D, D, D), dim=3)
     q = q.reshape(B, slots, H, D)
     per_group = (G,) if case.scope == "group" else ()
@@ -161,7 +172,10 @@ def run(case: Case, where: Documents, backend: str, wide: bool = False, memory: 
     norm = (lambda x: 2 * x) if case.normed else (lambda x: x)
     selector = Selector("hash", R, hashing.planes(0, 1, 128, D), bias) if case.l3 else None
     chunks = Chunks.of(where, C) if case.l3 or case.core == "block" else None
-    memory = replace(memory or Memory(), chunks=chunks, selector=selector, fuse_backend=backend, recall_backend=backend)
+    memory = replace(
+        memory or Memory(), chunks=chunks, selector=selector, fuse_backend=backend, recall_backend=backend,
+        backend={"cuda": "cuda", "reference": "eager"}[backend] if half and not wide else "reference",
+    )  # fmt: skip
     out, weights, *update = VARIANTS[case.variant].attend(
         q, k, v, finish=Finish(norm, norm, rotate), route=RouteInputs(logits, leaves["beta"], *decays, core),
         documents=where, scale=SCALE, config=case.config, memory=memory,
@@ -177,12 +191,13 @@ def run(case: Case, where: Documents, backend: str, wide: bool = False, memory: 
     return Run(outputs, update[0] if update else None)
 
 
-def compare(found: Run, peer: Run, exact: Run) -> None:
-    """As near to fp64 as the reference is in fp32; what sums over all tokens, as the roundoff of its sum allows."""
+def compare(found: Run, peer: Run, exact: Run, *, sums: bool = True) -> None:
+    """As near to fp64 as the reference is in fp32; with `sums` what sums over all tokens, as the roundoff of its sum
+    allows."""
     assert found.outputs.keys() == exact.outputs.keys()
     for key, expected in exact.outputs.items():
         try:
-            if key == "d beta" or key.startswith("d decay"):
+            if sums and (key == "d beta" or key.startswith("d decay")):
                 scale = torch.stack([expected.abs().max(), torch.ones((), dtype=torch.float64)])
                 assert_same(found.outputs[key], expected, B * S, scale)
             else:
@@ -210,6 +225,35 @@ def test_a_layer_over_the_kernels(host: Recorded, name: str, padded: bool) -> No
         assert peer.update.recalled is not None
         assert int((peer.update.recalled >= 0).sum()) > 0, "something is recalled"
         assert_bitwise(found.update.recalled, peer.update.recalled)
+
+
+def eager(
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, summaries: tuple[Tensor, Tensor] | None,
+    pages: tuple[Tensor, Tensor, Tensor, Tensor] | None, bias: Tensor | None, lengths: Tensor, documents: Tensor,
+) -> Tensor:  # fmt: skip
+    """The block core as PyTorch's own operations compute it in the precision of q."""
+    table = block_oracle.Table(layout.size, lengths, documents, layout.first, layout.count)
+    stored = None if pages is None else block_oracle.Pages(*pages)
+    bias = None if bias is None else bias.to(q.dtype)
+    return block_oracle.attention(q, k, v, summaries, stored, bias, table, layout.window * layout.size, layout.scale)
+
+
+@pytest.mark.parametrize("name", ["blockmka", "local", "fastmka over blocks without recall"])
+def test_a_layer_over_the_block_kernels(host: Recorded, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16. What bf16 keys are fused to selects other chunks than what fp64 keys are."""
+    monkeypatch.setitem(block_attention.BACKENDS, "eager", eager)
+    case, where = CASES[name], chunked(B, S, C, seed=3)
+    peer, exact = (run(case, where, "reference", wide, half=True) for wide in (False, True))
+    assert host.called == set()
+    found = run(case, where, "cuda", half=True)
+    assert host.called == case.kernels | BLOCKS
+    compare(found, peer, exact, sums=False)
+    if case.l3:
+        assert found.update is not None and peer.update is not None and exact.update is not None
+        assert found.update.recalled is not None and bool((found.update.recalled >= 0).any())
+        for each in (peer.update.recalled, exact.update.recalled):
+            assert each is not None
+            assert_bitwise(found.update.recalled, each)
 
 
 class Before(Alone):
