@@ -4,6 +4,7 @@
     python tools/benchmark.py --seeds 0,1,2 --output runs/benchmark        # mean and standard deviation
     python tools/benchmark.py --attention_type fastmka --num_groups 2 --epochs 2 --learning_rate 2e-3
     python tools/benchmark.py --seq_length 1024,2048,4096                  # tokens/s by type and length
+    python tools/benchmark.py --attention_type fastmka,blockmka --routing --routing_text prose=wiki.txt
     torchrun --nproc_per_node=2 tools/benchmark.py
     deepspeed --num_gpus=2 tools/benchmark.py --deepspeed --deepspeed_config zero2.json
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--deepspeed_config", type=Path, help="DeepSpeed JSON, merged over ours")
     made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher; the environment says it too
     made.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="results.json, table.md, plots (%(default)s)")
+    made.add_argument("--routing", action="store_true", help="see where the gates send their queries: heat maps, histograms")
+    made.add_argument("--routing_text", type=named, action="append", default=[], metavar="NAME=FILE", help="--routing: on this text too")
     made.add_argument("--config", type=Path, action="append", default=[], help="configuration instead of the small GPT's")
     made.add_argument("--dry-run", action="store_true", help="list the runs")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="over everything else")
@@ -77,6 +81,14 @@ def lengths(text: str) -> tuple[int, ...]:
     if not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers separated by commas")
     return tuple(int(part) for part in parts)
+
+
+def named(text: str) -> tuple[str, Path]:
+    """`name=file`."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a name and a file, such as prose=book.txt")
+    return name, Path(path)
 
 
 def types_of(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -110,9 +122,10 @@ def zero_stage(arguments: argparse.Namespace) -> int | None:
 def run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     """Train, evaluate, tabulate."""
     from mka_megatron import run_benchmark
+    from mka_megatron.benchmark.world import local_ranks
     from mka_megatron.training.host import use_cores
 
-    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    use_cores(local_ranks())
     run_benchmark(
         types_of(arguments),
         seeds=arguments.seeds,
@@ -122,9 +135,25 @@ def run(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
         learning_rate=arguments.learning_rate,
         match=None if arguments.match == "none" else arguments.match,
         output=arguments.output,
+        extra=see_routes(arguments) if arguments.routing else None,
         **options,
     )
     return 0
+
+
+def see_routes(arguments: argparse.Namespace) -> Callable[[Any, str], dict[str, Any]]:
+    """Writes OUTPUT/routing/<type>-seed<n> for each model with a gate."""
+    from mka_megatron.benchmark import routing
+
+    def see(model: Any, name: str) -> dict[str, Any]:
+        if not model.module.route_statistics():
+            return {}
+        found = routing.analyse(model, routing.tasks_of(model, dict(arguments.routing_text)))
+        if model.topology.rank == 0:
+            routing.write(found, model.config, arguments.output / "routing" / f"{name}-seed{model.config.training.seed}")
+        return {}
+
+    return see
 
 
 if __name__ == "__main__":

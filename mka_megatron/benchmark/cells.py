@@ -32,8 +32,8 @@ from mka_megatron.training.monitor import write_json
 from mka_megatron.training.records import perplexity
 
 Row = dict[str, Any]
-Extra = Callable[[BenchmarkModel], Row]
-"""Figures of a trained model besides."""
+Extra = Callable[[BenchmarkModel, str], Row]
+"""Figures of a trained model besides; the name is its cell's."""
 
 SPEED_STEPS = 4
 """Optimizer steps of a run that only measures speed, the first one not timed."""
@@ -109,7 +109,7 @@ def measure(
     config: Config,
     budget: Budget,
     topology: Topology,
-    extra: Extra | None = None,
+    extra: Callable[[BenchmarkModel], Row] | None = None,
     progress: Callable[[int, float], object] = lambda step, loss: None,
 ) -> Row:
     """The figures of one run: training, evaluation, memory, and `extra`'s."""
@@ -153,7 +153,7 @@ def _attempt(cell: Cell, budget: Budget, topology: Topology, extra: Extra | None
             bar.update()
 
         try:
-            return measure(cell.config, budget, topology, extra, progress)
+            return measure(cell.config, budget, topology, extra and (lambda model: extra(model, cell.name)), progress)
         except NonFiniteError as error:
             return {"error": str(error)}
         except torch.OutOfMemoryError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mka_megatron.benchmark.data import prepared
 from mka_megatron.benchmark.parity import match_parameters
+from mka_megatron.benchmark.settings import attention_type as type_of
 from mka_megatron.benchmark.settings import contender
 from mka_megatron.benchmark.world import world, world_size
 from mka_megatron.config.schema import Config
@@ -65,13 +66,9 @@ def get_model(
 
     Raises ConfigError, in one sentence.
     """
-
-    def of(name: str) -> Config:
-        return contender(name, files=files, overrides=overrides, **{"world_size": world_size()} | options)
-
-    config = of(attention_type)
+    config = contender(attention_type, files=files, overrides=overrides, **{"world_size": world_size()} | options)
     topology = topology or world(config.parallel, config.engine.timeout_seconds)
     data = prepared(config, topology)
     if match is not None:
-        config = match_parameters(config, of(match), data.vocab_size)
+        config = match_parameters(config, type_of(match), data.vocab_size)
     return BenchmarkModel(config, topology, data)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from mka_megatron.config.errors import ConfigError
-from mka_megatron.config.schema import Config
+from mka_megatron.config.schema import AttentionConfig, Config
 from mka_megatron.training.flops import weights
 
 TOLERANCE = 0.01
@@ -15,15 +16,16 @@ TOLERANCE = 0.01
 _ALIGNMENT = 8  # channels: what half precision on tensor cores wants
 
 
-def match_parameters(config: Config, like: Config, vocab_size: int) -> Config:
-    """`config` with the MLP width that brings its weights nearest to those of `like`.
+def match_parameters(config: Config, variant: Any, vocab_size: int) -> Config:
+    """`config` with the MLP width that brings its weights nearest to those of its model with another attention.
 
     Args:
-        config, like: of the same depth and width.
+        variant: attention.variant of that model, plain, with the MLP as `config` has it.
         vocab_size: rows of the output layer.
 
     Raises ConfigError where that is more than TOLERANCE away, or would leave no MLP.
     """
+    like = dataclasses.replace(config, attention=AttentionConfig(variant, mla=config.attention.mla))
     wanted = weights(like, vocab_size)
     step = math.lcm(_ALIGNMENT, config.parallel.tensor_parallel)
     per_step = 3 * config.model.hidden_size * config.model.num_layers * step
@@ -36,5 +38,5 @@ def match_parameters(config: Config, like: Config, vocab_size: int) -> Config:
             return found
     raise ConfigError(
         f"model.ffn_hidden_size: no width gives {config.attention.variant} the {wanted:,} weights of "
-        f"{like.attention.variant}; make the model larger, or compare without matching."
+        f"{variant}; make the model larger, or compare without matching."
     )

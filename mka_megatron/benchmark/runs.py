@@ -53,20 +53,19 @@ def run_benchmark(
     _check_launch(distributed)
     names = [attention_type(name) for name in attention_types or ATTENTION]
     options = {"world_size": world_size()} | options
-    cells, models = [], {}
+    cells = []
     for length in sequence_lengths or (None,):
         sized = options | ({"sequence_length": length} if len(sequence_lengths) < 2 else _as_many_tokens(options, length))
         for seed in seeds:
             for name in names:
                 config = contender(name, seed=seed, **sized)
                 cells.append(Cell(name, seed, config if len(sequence_lengths) < 2 else one_document_rows(config)))
-        if match is not None:
-            models[cells[-1].config.data.sequence_length] = contender(match, **sized)
     first = cells[0].config
     topology = topology or world(first.parallel, first.engine.timeout_seconds)
     if match is not None:
+        match = attention_type(match)
         size = prepared(first, topology).vocab_size
-        cells = [Cell(c.name, c.seed, match_parameters(c.config, models[c.config.data.sequence_length], size)) for c in cells]
+        cells = [Cell(c.name, c.seed, match_parameters(c.config, match, size)) for c in cells]
     budget = Budget(tokens, epochs, learning_rate, "test" if len(sequence_lengths) < 2 else None)
     return run_cells(cells, budget, topology, baseline="gqa", output=output, extra=extra)
 

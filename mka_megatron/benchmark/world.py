@@ -19,6 +19,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_ranks() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, deepspeed's
+
+
 def world(parallel: ParallelConfig, timeout_seconds: int = 1800) -> Topology:
     """The process groups of this process, made at the first call and torn down when the process ends.
 

@@ -120,6 +120,8 @@ class VariantCore(nn.Module):
             self.register_buffer("planes", drawn)
         self.statistics: tuple[Tensor, Tensor] | None = None
         self.recall_distances: Tensor | None = None
+        self.observe: Callable[[Tensor], None] | None = None
+        """Called with every forward's routing weights [B,S,L] or [B,S,G,L], detached; generation's aside."""
 
     def forward(self, q_SBHd: Tensor, k_SBGd: Tensor, v_SBGd: Tensor, x_SBh: Tensor,
                 inputs: AttentionInputs | GenerationInputs, q_norm: nn.Module | None, k_norm: nn.Module | None,
@@ -183,6 +185,8 @@ class VariantCore(nn.Module):
         return hashing.Selector(l3.selection, l3.recalled_chunks, self.planes, key_bias_Gd)
 
     def _record(self, weights: Tensor) -> None:
+        if self.observe is not None:
+            self.observe(weights)
         self.statistics = weights.flatten(0, -2).mean(0), route_entropy(weights).mean()
 
 
