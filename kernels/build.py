@@ -17,8 +17,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import struct
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor

@@ -257,6 +257,7 @@ MKA_ROLLED
 #pragma nv_exec_check_disable
   MKA_HD void run(int block, int blocks, int all) {
     auto& rest = shared.rest();
+    if (machine.first_lane()) machine.prefetch(maps.q()), machine.prefetch(maps.k(ROWS)), machine.prefetch(maps.v(ROWS));
     for (int number = block; number < all; number += blocks, ++tasks) {
       int behind = -1;  // the tile whose values are to come: one behind the keys, as the groups want them
       for (bool begun = false, last = false; !last; begun = true) {

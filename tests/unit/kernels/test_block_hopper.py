@@ -1,0 +1,172 @@
+"""The Hopper forward of block_attention on the CPU: its warps' roles run side by side over a model of the hardware.
+
+The model reads descriptors, swizzled tiles and barriers as the PTX manual has them, and runs everything twice: with
+copies and products as early and as late as the program alcases, which must give the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mka_megatron.ops.block_attention import cuda
+from mka_megatron.ops.block_attention.layout import Layout
+from tests.helpers import block_oracle, numerics
+from tests.helpers.block_cases import Case, make_case
+from tests.helpers.host_block_attention import run_on_host
+
+FULL = 128
+CASES: dict[str, dict[str, Any]] = {
+    "ragged": {"rows": [[(FULL, 0), (100, 0), (FULL, 0), (7, 0), (60, 0)]], "missing": 50, "heads": (2, 1)},
+    "documents": {
+        "rows": [
+            [(FULL, 0), (1, 0), (127, 1), (0, 1), (FULL, 1), (90, 1)],
+            [(FULL, 0), (FULL, 0), (FULL, 0), (FULL, 0), (FULL, 1), (5, 2)],
+        ],
+        "channels": 64,
+        "heads": (4, 2),
+        "bias": "shared",
+        "dtype": torch.float16,
+    },
+    "pages": {
+        "rows": [[(FULL, 0), (17, 0), (FULL, 0), (FULL, 0), (64, 0), (FULL, 0), (FULL, 0)]],
+        "first": 4,
+        "recalled": 3,
+        "heads": (1, 1),
+        "dtype": torch.float16,
+    },
+    # more than one tile of summaries, and one that begins with those of another document
+    "summaries": {
+        "rows": [[(9, 0)] * 70 + [(FULL, 1)] * 70 + [(3, 1), (FULL, 1)]],
+        "first": 139,
+        "window": 1,
+        "heads": (1, 1),
+        "channels": 64,
+    },
+    "no bias": {
+        "rows": [[(FULL, 0)] * 3],
+        "recalled": 0, "summaries": False, "bias": "none", "window": 4, "heads": (2, 1),
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def host(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on_host(library, monkeypatch)
+
+
+def make(name: str) -> Case:
+    """Numbers that its dtype has, the bias too."""
+    given: dict[str, Any] = {"channels": 128, "dtype": torch.bfloat16, **CASES[name]}
+    dtype = given.pop("dtype")
+    case = make_case(FULL, **given).to(dtype)
+    return case if case.bias is None else dataclasses.replace(case, bias=case.bias.detach().to(dtype).float())
+
+
+def oracle(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    bias = None if case.bias is None else case.bias.to(dtype)
+    case = dataclasses.replace(case.to(dtype), bias=bias)
+    with torch.no_grad():
+        return block_oracle.attend(*case.arguments, case.table, case.window, case.q.shape[-1] ** -0.5)
+
+
+def attend(case: Case) -> tuple[Tensor, Tensor]:
+    """Outputs and logarithms of sums."""
+    scale = case.q.shape[-1] ** -0.5
+    layout = Layout.of(*case.arguments, case.table, case.window, scale)
+    summaries = case.summaries or (None, None)
+    pages = case.pages
+    recalled = (None,) * 4 if pages is None else (pages.k, pages.v, pages.lengths, pages.index)
+    tensors = (case.q, case.k, case.v, *summaries, *recalled, case.bias, case.table.lengths, case.table.documents)
+    sizes = layout.size, layout.first, layout.window, scale, cuda.KERNELS["wgmma"]
+    with torch.no_grad():
+        return cuda._forward(*(x if x is None else x.detach() for x in tensors), *sizes)
+
+
+def tokens(case: Case) -> Tensor:
+    """[B, S] which queries are tokens."""
+    table, slots = case.table, torch.arange(case.q.shape[1])
+    chunk = table.first + slots // table.size
+    return slots % table.size < table.lengths[:, chunk]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_accurate_as_pytorch(name: str) -> None:
+    case = make(name)
+    out, lse = attend(case)
+    exact, sums = oracle(case, torch.float64)
+    numerics.assert_as_accurate(out, oracle(case, case.q.dtype)[0], exact)
+    assert not bool(out[~tokens(case)].any()), "padding is 0"
+    nothing = sums == math.inf
+    assert bool((lse[nothing] == math.inf).all())
+    numerics.assert_same(lse[~nothing], sums[~nothing], 4 * FULL)
+
+
+@pytest.mark.parametrize("name", ["ragged", "documents", "summaries"])
+def test_padding_may_hold_anything(name: str) -> None:
+    case = make(name)
+    out, sums = attend(case)
+    numerics.assert_bitwise(attend(spoilt(case))[0], out)
+    numerics.assert_bitwise(attend(spoilt(case))[1], sums)
+
+
+def spoilt(case: Case) -> Case:
+    """NaN wherever no query looks."""
+    table, halo = case.table, min(case.window // FULL - 1, case.table.first)
+    slots = torch.arange(case.k.shape[1])
+    padding = slots % FULL >= table.lengths[:, table.first - halo + slots // FULL]
+
+    def without(x: Tensor, where: Tensor) -> Tensor:
+        return x.detach().masked_fill(where[..., None, None], math.nan)
+
+    summaries, pages = case.summaries, case.pages
+    if summaries is not None:
+        empty = table.lengths == 0
+        summaries = (without(summaries[0], empty), without(summaries[1], empty))
+    if pages is not None and pages.k.numel():
+        beyond = torch.arange(FULL) >= pages.lengths[..., None]
+        k, v = (x.detach().masked_fill(beyond[..., None], math.nan) for x in (pages.k, pages.v))
+        pages = dataclasses.replace(pages, k=k, v=v)
+    return dataclasses.replace(
+        case,
+        q=without(case.q, ~tokens(case)),
+        k=without(case.k, padding),
+        v=without(case.v, padding),
+        summaries=summaries,
+        pages=pages,
+    )
+
+
+def test_strided_operands() -> None:
+    """q, k and v as slices of one projection."""
+    case = make("ragged")
+    joined = torch.cat([case.q, case.k, case.v], dim=2).detach()
+    q, k, v = joined.split([case.q.shape[2], case.k.shape[2], case.v.shape[2]], dim=2)
+    numerics.assert_bitwise(attend(dataclasses.replace(case, q=q, k=k, v=v))[0], attend(case)[0])
+
+
+def test_a_hidden_level() -> None:
+    """A bias of -inf hides it."""
+    case = make("pages")
+    assert case.bias is not None
+    bias = case.bias.detach().clone()
+    bias[..., 1:] = -math.inf
+    hidden = attend(dataclasses.replace(case, bias=bias))
+    alone = attend(dataclasses.replace(case, bias=bias, summaries=None, pages=None))
+    numerics.assert_bitwise(hidden[0], alone[0])
+    numerics.assert_bitwise(hidden[1], alone[1])
+
+
+def test_other_chunk_sizes_are_refused(library: ctypes.CDLL) -> None:
+    case = make_case(64, [[(64, 0)] * 2], channels=64, recalled=0).to(torch.bfloat16)
+    inputs = (case.q, case.k, case.v, *(case.summaries or ()), *[None] * 4, case.bias)
+    args = cuda.arguments(
+        (*inputs, case.table.lengths, case.table.documents), (64, 0, 2, 0.125, cuda.KERNELS["wgmma"])
+    )
+    assert library.mka_host_block_attention_forward(ctypes.byref(args)) == -1
