@@ -96,10 +96,12 @@ MKA_HD Found find(const MkaBlockAttentionArgs& a, const Plan& p, const QueryTile
   }
   f.k = point(a.summary_k, a.summary_k_strides), f.v = point(a.summary_v, a.summary_v_strides);
   f.k_stride = a.summary_k_strides[1], f.v_stride = a.summary_v_strides[1];
-  f.seen = 0;
-MKA_UNROLL_BY(16)
-  for (int i = 0; i < tile.count; ++i)
-    f.seen |= static_cast<uint64_t>(sees_summary(a, p, at.row, list.own, list.origin, tile.number + i)) << i;
+  const int32_t* begins = p.begin + at.row * a.chunks + tile.number;
+  const int count = static_cast<int>(tile.count), wanted = static_cast<int>(list.origin);
+  uint64_t mine = 0;
+MKA_UNROLL_BY(8)
+  for (int i = 0; i < KEY_ROWS; ++i) mine |= static_cast<uint64_t>((i < count ? begins[i] : -1) == wanted) << i;
+  f.seen = mine;
   return f;
 }
 
