@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mka_megatron.ops.recall import cuda
+from tests.helpers import host_block_attention
 from tests.helpers.host_kernels import register_recall
 from tests.helpers.host_route_fuse import run_on_host
 from tests.helpers.numerics import assert_same
@@ -97,6 +98,31 @@ def test_the_layers_section_on_the_host(
     assert [c["case"] for c in found["checks"] if not c["passed"]] == [] and len(found["checks"]) == 8
     assert [(t["case"], set(t["peers"])) for t in found["timings"]] == [("forward + backward, host", {"GQA", "eager"})]
     assert record["complete"] and saved == [False, False], "what there is is saved as it goes"
+
+
+def test_the_block_attention_section_on_the_host(
+    verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_recall(library)
+    host_block_attention.run_on_host(library, monkeypatch)
+    section = verify.section("block_attention")
+    drawn = section.Inputs.draw
+    monkeypatch.setattr(section, "FANS", (1,))
+    monkeypatch.setattr(section, "LAUNCHES", (("shard", 300, 64, 128), ("closed", 150, 128, 64)))
+    monkeypatch.setattr(
+        section.Inputs, "draw", lambda device, slots, **given: drawn(device, slots, **{"heads": 4, "channels": 64, **given})
+    )
+    record = verify.verify(["block_attention"], torch.device("cpu"), (1, 129), (129,), False)
+    found = record["ops"]["block_attention"]
+    assert [c["case"] for c in found["checks"] if not c["passed"]] == []
+    # two checks of each of 8 cases by mma and, of the 4 with chunks of 128, by wgmma; and two runs of each launch
+    assert len(found["checks"]) == 2 * 2 * (8 + 4) + 3
+    assert [t["case"] for t in found["timings"]] == [
+        "forward, mma", "backward, mma", "forward, wgmma", "backward, wgmma", "recall: pool, codes, top 16",
+    ]  # fmt: skip
+    assert verify.passed(record)
+    device = {"device": "host", "driver": "", "torch": torch.__version__}
+    assert "TFLOP/s" in verify.table({"device": device, **json.loads(json.dumps(record))})
 
 
 def test_time_that_is_up_fails(verify: ModuleType, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:

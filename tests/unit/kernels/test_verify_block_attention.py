@@ -96,7 +96,7 @@ def reference(section: ModuleType, monkeypatch: pytest.MonkeyPatch, change: Any 
     def attend(*given: Any, **sizes: Any) -> Tensor:
         return block_attention(*change(*given), **sizes, backend="reference")
 
-    monkeypatch.setattr(section, "kernels", lambda device: {"host": attend})
+    monkeypatch.setattr(section, "kernels", lambda inputs: {"host": attend})
 
 
 def test_the_specification_passes(section: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_what_is_written_on_padding_fails(section: ModuleType, monkeypatch: pyte
     def attend(*given: Any, **sizes: Any) -> Tensor:
         return block_attention(*given, **sizes, backend="reference") + given[0].isnan() * 1e-6
 
-    monkeypatch.setattr(section, "kernels", lambda device: {"host": attend})
+    monkeypatch.setattr(section, "kernels", lambda inputs: {"host": attend})
     wrong = [check.case for check in section.checks(CPU, (129,)) if not check.passed]
     assert wrong and any(case.endswith("padding") for case in wrong)
 
