@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mka_megatron.attention import fastmka
 from mka_megatron.attention.inputs import Finish, RouteInputs
-from mka_megatron.config.schema import Config, L1Config, L3Config, MemoryConfig
+from mka_megatron.config.schema import AttentionConfig, Config, L1Config, L3Config, MemoryConfig
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import Selector, pooled, select
 from mka_megatron.ops import library
+from mka_megatron.ops.block_attention import cuda as block_attention
 from mka_megatron.ops.decode import cuda as decode
 from mka_megatron.ops.recall import cuda as recall
 from mka_megatron.ops.route_fuse import Stream, route_fuse
@@ -29,7 +30,7 @@ from tests.helpers.layouts import chunked
 
 B, S, H, G, D, C, R = 2, 8 * 64 + 21, 4, 2, 64, 64, 2
 META = torch.device("meta")
-BINDINGS = (library, recall, route_fuse_cuda, decode)
+BINDINGS = (library, block_attention, recall, route_fuse_cuda, decode)
 
 
 class Ours(TorchDispatchMode):
@@ -128,6 +129,30 @@ def test_a_layer_waits_for_nothing() -> None:
         )[0]
     )
     assert {"route_fuse", "route_fuse_backward", "recall_pool", "recall_codes", "recall_select"} <= set(ours)
+
+
+@pytest.mark.parametrize("documents", ["whole", "packed"])
+def test_a_layer_over_the_block_core_waits_for_nothing(documents: str) -> None:
+    """FastMKA with fusion, recall and the block core's attention."""
+    rows, chunks = without_data(Documents.unpacked(B, S) if documents == "whole" else chunked(B, S, C, seed=3))
+    levels = MemoryConfig(l1=L1Config(window=2 * C, chunk_size=C), l3=L3Config(enabled=True, recalled_chunks=R))
+    config = Config(attention=AttentionConfig(core="block"), memory_hierarchy=levels)
+    finish = Finish(lambda x: 2 * x, lambda x: 2 * x, lambda x, _: x)
+    q, k, v = leaf(B, S, H, D), leaf(B, S, G, D), leaf(B, S, G, D)
+    decay = leaf(G, D, dtype=torch.float32)
+    fused, core = (leaf(B, S, levels, dtype=torch.float32) for levels in (2, 3))
+    route = RouteInputs(fused, leaf(1, dtype=torch.float32), decay, decay, core)
+    planes = torch.empty(1, 128, D, dtype=torch.int8, device=META)
+    memory = fastmka.Memory(
+        chunks=chunks, selector=Selector("hash", R, planes), backend="cuda", fuse_backend="cuda", recall_backend="cuda"
+    )
+    ours = called(
+        lambda: fastmka.attend(
+            q, k, v, finish=finish, route=route, documents=rows, scale=1.0, config=config, memory=memory
+        )[0]
+    )
+    assert {"block_attention", "block_attention_backward", "route_fuse", "recall_pool", "recall_select"} <= set(ours)
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v, core))
 
 
 @pytest.mark.parametrize("module", BINDINGS, ids=lambda module: module.__name__.split("ops.")[1])
