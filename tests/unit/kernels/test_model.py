@@ -100,7 +100,7 @@ def test_a_bf16_model_over_all_kernels(library: ctypes.CDLL, topology, monkeypat
     values: dict[str, torch.Tensor] = {}
 
     def run(precision: str, backends: Backends) -> list[torch.Tensor]:
-        """Losses of the rows and of their segments; the gradients in one vector, each parameter's by its largest."""
+        """Losses of the rows and of their segments, and the gradients of all parameters."""
         monkeypatch.setattr(Backends, "choose", staticmethod(lambda *_: backends))
         window, recalled = f"memory_hierarchy.l1.window={CHUNK}", f"memory_hierarchy.l3.recalled_chunks={CHUNKS}"
         config = load_config([], [*SHAPE, window, recalled, "attention.core=block", f"training.precision={precision}"])
@@ -120,8 +120,11 @@ def test_a_bf16_model_over_all_kernels(library: ctypes.CDLL, topology, monkeypat
     assert recorded.called == set()
     found = run("bf16", Backends("cuda", "cuda", "cuda"))
     assert recorded.called == FUSION | RECALL | BLOCKS
-    largest = [right.abs().max().clamp_min(torch.finfo(torch.float32).tiny) for right in exact[2:]]
-    for each in (found, peer, exact):
-        each[2:] = [torch.cat([(grad / by).flatten() for grad, by in zip(each[2:], largest, strict=True)])]
     for one, other, right in zip(found, peer, exact, strict=True):
-        assert_as_accurate(one, other, right)
+        if right.numel() >= 512:  # the largest of a few errors is chance
+            assert_as_accurate(one, other, right)
+    largest = [right.abs().max() for right in exact]
+    together = (
+        torch.cat([(x / by).flatten() for x, by in zip(each, largest, strict=True)]) for each in (found, peer, exact)
+    )
+    assert_as_accurate(*together)
