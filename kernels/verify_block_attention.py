@@ -33,7 +33,7 @@ WGMMA_SIZES = (128,)
 FANS = (1, 4, 7)
 """H/G of short rows."""
 LAUNCHES = (
-    ("closed", 700, 64, 128), ("shard", 900, 128, 128), ("shard", 400, 128, 64), ("one document", 9000, 64, 64),
+    ("closed", 700, 64, 128), ("shard", 900, 128, 128), ("shard", 400, 128, 64), ("one document", 3000, 64, 64),
 )  # fmt: skip
 """(form, S, d, C); the last has summaries that so many chunks see that their gradients are summed in parts."""
 LONGEST = 1 << 20

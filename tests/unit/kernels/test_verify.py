@@ -133,6 +133,23 @@ def test_time_that_is_up_fails(verify: ModuleType, library: ctypes.CDLL, monkeyp
     assert "time was up after S=1" in record["ops"]["recall"]["checks"][-1]["case"] and not verify.passed(record)
 
 
+def test_runs_of_several_ops_are_joined(verify: ModuleType) -> None:
+    def record(ops: str, hash_: str = "a", memcheck: str = "clean", complete: bool = True) -> dict[str, Any]:
+        return {
+            "source_hash": hash_, "quick": False, "device": {"device": "GPU 1"}, "complete": complete,
+            "ops": {op: {"of": memcheck} for op in ops}, "sanitizer": {"memcheck": memcheck},
+        }  # fmt: skip
+
+    both = verify.joined(record("xy"), record("yz", memcheck="failed: z"))
+    assert both["ops"] == {"x": {"of": "clean"}, "y": {"of": "clean"}, "z": {"of": "failed: z"}} and both["complete"]
+    assert both["sanitizer"] == {"memcheck": "failed: z"}
+    assert verify.joined(record("x", memcheck="not run: x"), record("y"))["sanitizer"] == {"memcheck": "not run: x"}
+    assert not verify.joined(record("x"), record("y", complete=False))["complete"]
+    for other in (None, record("y", hash_="b"), record("x", memcheck="failed: x"), {**record("y"), "quick": True}):
+        assert verify.joined(record("x"), other) == record("x"), "other sources, or the same op again"
+    assert verify.joined({**record("x"), "sanitizer": {}}, record("y"))["sanitizer"] == {"memcheck": "clean"}
+
+
 ALONE = """
 import importlib, importlib.abc, sys
 allowed = {"torch", "numpy", "mka_megatron"} | set(sys.stdlib_module_names)
