@@ -132,6 +132,34 @@ def check(given: Case) -> None:
         assert_as_accurate(one, other.to(x.dtype), right)
 
 
+@pytest.mark.parametrize("name", ["one document", "half precision"])
+def test_scores_of_any_size(name: str) -> None:
+    """Sums that are rescaled often, weights that vanish, levels that outweigh others."""
+    given = case(**CASES[name])
+    with torch.no_grad():
+        given.q *= 6
+        assert given.bias is not None
+        given.bias[..., 0] -= 8
+        given.bias[..., 2] += 12
+    check(given)
+
+
+def test_more_than_one_tile_of_summaries() -> None:
+    """Of which one has two documents', and whose visits are split."""
+    rows = [[(64, 0)] * 70 + [(3, 1)] * 30 + [(9, 1)] * 40]
+    check(case(rows, first=100, window=1, recalled=0, heads=(1, 1)))
+
+
+def test_keys_that_every_chunk_recalls() -> None:
+    """Whose visits are split, too."""
+    given = case([[(64, 0)] + [(7, 0)] * 39], window=1, heads=(2, 1), summaries=False)
+    assert given.pages is not None
+    index = given.pages.index.clone()
+    index[:, 1:, :, 0] = 0
+    index[..., 1].masked_fill_(index[..., 1] == 0, -1)
+    check(replace(given, pages=replace(given.pages, index=index)))
+
+
 def test_the_logarithms_of_the_sums() -> None:
     for name in ("packed", "a row of nothing", "a part with pages"):
         given = case(**CASES[name])
