@@ -8,6 +8,7 @@ N chunks of the row, R recalled chunks, L levels.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from mka_megatron.config.schema import Config
 from mka_megatron.memory import routing
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.hashing import pooled, select
-from mka_megatron.memory.view import Carry, Memory, Summaries, Update
+from mka_megatron.memory.hashing import pooled, select, select_once
+from mka_megatron.memory.view import Carry, Memory, OpenChunks, Summaries, Update
 from mka_megatron.ops.block_attention import block_attention
 
 
@@ -79,6 +80,9 @@ def block_core(
         raise ValueError("the block core works on chunks: pass memory.chunks.")
     window = (levels.l1.window or 0) // chunks.size
     q, k = finish.norm_q(q), finish.norm_k(k)
+    if view.open is not None:
+        out, weights, selected = _open_chunks(q, k, v, finish, logits, documents, scale, config, memory, view.open)
+        return out, weights, Update(None, None, None, None, carry_k, carry_v, selected)
 
     mean_k, mean_v, signature = pooled(k, v, chunks, selector, backend=memory.recall_backend)
     summaries = Summaries(finish.rotate(mean_k, chunks.at_hand(chunks.last)), mean_v, signature)
@@ -93,7 +97,7 @@ def block_core(
     q, k = finish.rotate(q, None), finish.rotate(k, None)
     halo_k, halo_v = view.halo(k, v, window - 1)
     pages = None if selected is None else view.pages(selected, halo_k.shape[1] // chunks.size, k, v)
-    bias, weights = _bias(logits, selected, chunks, window, config)
+    bias, weights = _bias(logits, selected, documents, chunks, window, config)
     near = torch.cat((halo_k, k), dim=1), torch.cat((halo_v, v), dim=1)
     far = (before.k, before.v) if levels.l2.enabled else None, pages
     sizes: dict[str, Any] = {"chunks": chunks, "window": window * chunks.size, "scale": scale}
@@ -113,8 +117,41 @@ def block_core(
     return out, weights, update
 
 
+def _open_chunks(
+    q: Tensor, k: Tensor, v: Tensor, finish: Finish, logits: Tensor | None, documents: Documents, scale: float,
+    config: Config, memory: Memory, opened: OpenChunks,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The next tokens of open chunks: what these select was decided before them, and nothing of them is pooled yet.
+
+    Args:
+        q, k: normed; the others as for :func:`block_core`.
+
+    Returns:
+        (output, the routing weights, what is recalled).
+    """
+    chunks, selector = memory.chunks, memory.selector
+    assert chunks is not None
+    window = (config.memory_hierarchy.l1.window or 0) // chunks.size
+    selected = None
+    if selector is not None:
+        backend = memory.recall_backend
+        selected = opened.selected(
+            partial(select_once, selector=selector, window_chunks=window, backend=backend)
+        )
+    q, k = finish.rotate(q, None), finish.rotate(k, None)
+    near, known = opened.extend(k, v), opened.summaries
+    halo = (near[0].shape[1] - 1) // chunks.size
+    pages = None if selected is None else memory.view.pages(selected, halo, k, v)
+    bias, weights = _bias(logits, selected, documents, chunks, window, config)
+    far = None if known is None or not config.memory_hierarchy.l2.enabled else (known.k, known.v)
+    out = continued_block(
+        q, *near, far, pages, bias, documents=documents, chunks=chunks, window=window * chunks.size, scale=scale
+    )
+    return out, weights, selected
+
+
 def _bias(
-    logits: Tensor | None, selected: Tensor | None, chunks: Chunks, window: int, config: Config
+    logits: Tensor | None, selected: Tensor | None, documents: Documents, chunks: Chunks, window: int, config: Config
 ) -> tuple[Tensor | None, Tensor | None]:
     """The three levels' bias [B, S, G, 3], and the routing weights [B, S, G, L] of the enabled ones."""
     if logits is None:
@@ -122,8 +159,9 @@ def _bias(
     memory = config.memory_hierarchy
     enabled = [0] + [1] * memory.l2.enabled + [2] * memory.l3.enabled
     # [B, n, G or 1, L] -> [B, S, G or 1, L]
-    available = _available(selected, chunks, window)[..., enabled]
-    available = available.repeat_interleave(chunks.size, dim=1)[:, : logits.shape[1]]
+    available = _available(selected, documents, chunks, window)[..., enabled]
+    if chunks.count > 1:
+        available = available.repeat_interleave(chunks.size, dim=1)[:, : logits.shape[1]]
     logits, available = torch.broadcast_tensors(logits if logits.dim() == 4 else logits[:, :, None], available)
     bias = routing.score_bias(logits, available, config.routing.mode)
     full = bias.new_zeros(*bias.shape[:3], 3)
@@ -131,14 +169,19 @@ def _bias(
     return full, bias.detach().softmax(dim=-1)
 
 
-def _available(selected: Tensor | None, chunks: Chunks, window: int) -> Tensor:
+def _available(selected: Tensor | None, documents: Documents, chunks: Chunks, window: int) -> Tensor:
     """[B, n, G or 1, 3] bool: which levels hold something for the queries of each chunk at hand."""
+    l2 = documents.once(_summarised, chunks, window)
+    l3 = torch.zeros_like(l2) if selected is None else (selected >= 0).any(dim=-1)
+    l2, l3 = torch.broadcast_tensors(l2, l3)
+    return torch.stack((torch.ones_like(l2), l2, l3), dim=-1)
+
+
+def _summarised(documents: Documents, chunks: Chunks, window: int) -> Tensor:
+    """[B, n, 1] bool: the queries of each chunk at hand see a summary."""
     numbers = torch.arange(chunks.documents.shape[1], device=chunks.documents.device)
     own = chunks.at_hand(chunks.documents)
     # [B, n, N]: summaries that a chunk's queries see
     past = numbers <= numbers[chunks.first : chunks.first + chunks.count, None] - window
     summaries = past & (chunks.documents[:, None] == own[:, :, None]) & (own >= 0)[:, :, None]
-    l2 = summaries.any(dim=-1)[:, :, None]
-    l3 = torch.zeros_like(l2) if selected is None else (selected >= 0).any(dim=-1)
-    l2, l3 = torch.broadcast_tensors(l2, l3)
-    return torch.stack((torch.ones_like(l2), l2, l3), dim=-1)
+    return summaries.any(dim=-1)[:, :, None]

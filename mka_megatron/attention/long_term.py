@@ -6,6 +6,8 @@ N chunks of the row, R recalled chunks, L levels.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.documents import Documents
-from mka_megatron.memory.hashing import pooled, select
+from mka_megatron.memory.hashing import pooled, select, select_once
 from mka_megatron.memory.view import Memory, Summaries, Update
 
 
@@ -41,15 +43,30 @@ def l3_level(
     chunks, selector = memory.chunks, memory.selector
     if chunks is None or selector is None:
         raise ValueError("memory_hierarchy.l3.enabled is true: pass a memory with chunks and a selector.")
-    groups = k.shape[2]
-    backend, keys = memory.recall_backend, finish.norm_k(k)
+    backend, opened = memory.recall_backend, memory.view.open
+    if opened is not None:
+        update = Update(None, None, None, None, None, None)
+        chosen = opened.selected(partial(select_once, selector=selector, window_chunks=1, backend=backend))
+        known = opened.summaries
+        if known is None or chosen is None:
+            return torch.zeros_like(k), torch.zeros_like(v), update
+        return *_mixed(q, k, v, known, chosen, chunks, scale), update
+    keys = finish.norm_k(k)
     own = Summaries(*pooled(k, v, chunks, selector, None if keys is k else keys, backend=backend))
     means = memory.view.summaries(own)
     assert means.signature is not None
     selected, last = select(
         finish.norm_q(q), means.signature, documents, chunks, selector, memory.view.queries, 1, backend=backend
     )
+    detached = Summaries(own.k.detach(), own.v.detach(), own.signature)
+    return *_mixed(q, k, v, means, selected, chunks, scale), Update(None, None, detached, last, None, None)
 
+
+def _mixed(
+    q: Tensor, k: Tensor, v: Tensor, means: Summaries, selected: Tensor, chunks: Chunks, scale: float
+) -> tuple[Tensor, Tensor]:
+    """K3 and V3 [B, S, G, d] of the chunks `selected` [B, n, G, R]."""
+    groups = k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     none = (selected < 0).transpose(2, 3)[..., None]
     # [B, N, G, d] -> [B, n, R, G, d]; what was not recalled may be of another document and must not be touched
@@ -70,8 +87,7 @@ def l3_level(
     # [B, n, C, G, d] -> [B, S, G, d]
     mixed = (torch.einsum("bngcr,bnrgd->bncgd", weights, x).flatten(1, 2) for x in (recalled_k, recalled_v))
     level_k, level_v = (x[:, : q.shape[1]] for x in mixed)
-    detached = Summaries(own.k.detach(), own.v.detach(), own.signature)
-    return level_k.to(k.dtype), level_v.to(v.dtype), Update(None, None, detached, last, None, None)
+    return level_k.to(k.dtype), level_v.to(v.dtype)
 
 
 def available(logits: Tensor, config: Config, memory: Memory) -> Tensor | None:

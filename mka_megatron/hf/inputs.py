@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,25 +77,29 @@ class Step:
     """A pass that goes on with remembered rows."""
 
     generation: Generation
-    slots: list[tuple[Piece, Slots]]
+    slots: Callable[[Piece], Slots]
+    """Of any piece."""
 
     @staticmethod
     def of(generation: Generation, rope: Rope, like: Tensor) -> Step:
         """The pass that the generation has begun."""
-        pieces = generation.pieces
-        return Step(generation, [
-            (piece, Slots.of(piece.documents, piece.continued.chunks, rope, like)) for piece in pieces
-        ])  # fmt: skip
+        return Step(generation, partial(_slots, rope=rope, like=like.new_empty(0)))
 
     def attend(self, layer: int, core: Core, *tensors: Tensor | None) -> Tensor:
         """As :meth:`Whole.attend`; 0 in columns without a token."""
-        if not self.slots:
+        if not self.generation.pieces:
             assert tensors[0] is not None
             return torch.zeros_like(tensors[0])
+        return self.generation.attend(layer, partial(_piece, core, self.slots), *tensors)
 
-        def of_piece(piece: Piece, view: View, *mine: Tensor | None) -> tuple[Tensor, Any]:
-            slots = next(slots for each, slots in self.slots if each is piece)
-            out, _, *update = core(slots, view, *mine)
-            return out, update[0] if update else None
 
-        return self.generation.attend(layer, of_piece, *tensors)
+def _slots(piece: Piece, rope: Rope, like: Tensor) -> Slots:
+    # the same for all layers
+    return piece.documents.once(Slots.of, piece.continued.chunks, rope, like)
+
+
+def _piece(
+    core: Core, slots: Callable[[Piece], Slots], piece: Piece, view: View, *tensors: Tensor | None
+) -> tuple[Tensor, Any]:
+    out, _, *update = core(slots(piece), view, *tensors)
+    return out, update[0] if update else None

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of a row, G KV heads, d channels of a key, e of a value
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -18,13 +18,13 @@ from mka_megatron.memory.generation import Generation
 from mka_megatron.memory.remembered import Remembered
 from mka_megatron.memory.tiers.store import TierStore
 
-# fields of Remembered by what they are for
-_PARTS = {
-    "tokens": ("caches", "halo"),
-    "summaries": ("summaries",),
-    "state": ("queries", "carry_k", "carry_v"),
-    "open_chunk": ("kept", "opened"),
-    "recalled": ("recalled",),
+# what a layer remembers by what it is for, beside the dense core's keys and values
+_PARTS: dict[str, Callable[[Remembered], Any]] = {
+    "tokens": lambda layer: () if layer.near is None else layer.near.halo(),
+    "summaries": lambda layer: layer.known,
+    "state": lambda layer: (layer.queries, layer.carry_k, layer.carry_v),
+    "open_chunk": lambda layer: (layer.kept, layer.last_k, layer.last_v, layer.near and layer.near.open()),
+    "recalled": lambda layer: (layer.selected, layer.recalled),
 }
 
 
@@ -53,9 +53,10 @@ def footprint(memory: Generation, store: TierStore | None) -> Footprint:
     """What `memory`, which keeps its pages in `store`, holds now."""
     longest = max(memory.tokens, default=0)
     parts = {
-        part: sum(_bytes(layer, name, longest) for layer in memory.layers for name in names)
-        for part, names in _PARTS.items()
+        part: sum(x.nbytes for layer in memory.layers for x in _tensors(of_layer(layer)))
+        for part, of_layer in _PARTS.items()
     }
+    parts["tokens"] += sum(_dense_bytes(layer, longest) for layer in memory.layers)
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
         for layer in memory.layers for each in fields(layer) for x in _tensors(getattr(layer, each.name))
@@ -108,9 +109,7 @@ def read_per_token(config: Config, prompt: int, new: range, itemsize: int) -> fl
     return model.num_layers * channels * itemsize * sum(map(vectors, new)) / len(new)
 
 
-def _bytes(layer: Remembered, name: str, longest: int) -> int:
-    if name != "caches":
-        return sum(x.nbytes for x in _tensors(getattr(layer, name)))
+def _dense_bytes(layer: Remembered, longest: int) -> int:
     # [B, >= T, G, d], of which T are taken; mla's keys are its values
     return sum(x[:, :longest].nbytes for x in {id(x): x for x in _tensors(layer.caches)}.values())
 

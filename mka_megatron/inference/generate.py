@@ -86,6 +86,7 @@ def generate(
         ConfigError: the model has no positions for so many tokens.
         ValueError: an empty prompt, or another number of them than the memory's rows.
         TierError: the page store is full or fails.
+        RuntimeError: an error has ended an earlier pass over these rows; begin with :func:`remember` again.
     """
     if len(prompts) != len(memory.tokens) or not all(prompts):
         raise ValueError(

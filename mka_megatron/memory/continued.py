@@ -30,6 +30,9 @@ class Continued:
     """Tokens of each row's first chunk, so far."""
     chunks: Chunks | None
     """The chunks of the rows; None where there are none."""
+    opened: tuple[int, ...] | None = None
+    """Tokens of each row's open chunk before slot 0, where the slots at hand are the next ones of open chunks, which
+    stay open; None: slot 0 begins a chunk, or there are none."""
     hidden: tuple[int, ...] | None = None
     """Tokens of each row, the first ones, that nobody sees; None: everything is seen."""
 

@@ -1,12 +1,13 @@
 """What a model remembers of the rows that it is generating, for Megatron's layers and Hugging Face's alike.
 
-Every layer attends to the slots at hand: the raw inputs of the open chunk's earlier tokens, which are kept, then the
-new tokens'. So the variants compute what they compute in training, over a segment that began at the open chunk, and
-prefill, chunked prefill and decode are one thing. Complete chunks are known from then on through their summaries and
-codes; their keys and values lie in a page store, of which beams share the pages. The dense core without L3 works on no
-chunks: at hand are the new tokens, its keys and values stay on the device.
+Every layer attends to the slots at hand. Whole chunks are taken in as in training, over a segment that begins at the
+first of them: the raw inputs of an open chunk's tokens are kept until it is complete. They are known from then on through
+their summaries and codes; their keys and values lie in a page store, of which beams share the pages. Of a chunk that
+stays open only the new tokens are at hand: what it recalls is selected once, nothing of it is pooled. So prefill, chunked
+prefill and decode are one thing. The dense core without L3 works on no chunks, its keys and values stay on the device.
 
-One forward pass is `begin`, then `attend` in every layer. Nothing remembered has a gradient.
+One forward pass is `begin`, then `attend` in every layer. Nothing remembered has a gradient. After a pass that an error
+ended (a full page store, say) some layers have taken in what others have not: the rows cannot go on.
 
 Shapes: B rows, T new slots, S slots at hand, G KV heads of this rank, d head channels, C chunk size.
 """
@@ -22,7 +23,8 @@ from torch import Tensor
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, needs_chunks, recalls
-from mka_megatron.memory.remembered import GenerationView, Remembered
+from mka_megatron.memory.generation_view import GenerationView
+from mka_megatron.memory.remembered import Remembered
 from mka_megatron.memory.rows import Joining, Piece, Rows, padded
 from mka_megatron.memory.tiers.opening import open_store
 from mka_megatron.memory.tiers.pages import PageKey, PageShape, TierError
@@ -91,6 +93,8 @@ class Generation:
         self._rows = Rows(batch, l1.chunk_size if needs_chunks(config) else None, device)
         self._layers = [Remembered() for _ in range(layers)]
         self._pieces: list[Piece] = []
+        self._cores: dict[int, Core] = {}  # of the layers, to close open chunks with
+        self._late: set[int] = set()  # layers that have not taken in what the others have
 
     @staticmethod
     def needs_store(config: Config) -> bool:
@@ -120,9 +124,15 @@ class Generation:
                 ended); None: all.
 
         Returns:
-            :attr:`pieces`; none where there is no new token.
+            :attr:`pieces`; none where there is no new token. Raises RuntimeError after a pass that an error ended.
         """
+        self._check()
         self._pieces = self._rows.advance(slots, valid)
+        if any(piece.opens for piece in self._pieces):
+            for memory in self._layers:
+                memory.selected = memory.recalled = None
+        if self._pieces:
+            self._late = set(range(len(self._layers)))
         return self._pieces
 
     def attend(self, layer: int, core: Core, *tensors: Tensor | None) -> Tensor:
@@ -138,62 +148,89 @@ class Generation:
         """
         memory = self._layers[layer]
         result = None
-        kept: tuple[Tensor | None, ...] | None = None
-        opened: Update | None = None
+        self._prefetch(layer + 1)
         for piece in self._pieces:
             old = memory.kept or (None,) * len(tensors)
             given = tuple(
                 None if new is None else piece.gather(before, new)
                 for before, new in zip(old, tensors, strict=True)
             )
-            out, update = core(
-                piece, GenerationView(memory, piece, self._store, self._key(layer, piece)), *given
-            )
+            out = self._run(layer, core, piece, given)
             if result is None:
                 result = out.new_zeros(len(out), self._slots(tensors), *out.shape[2:])
             piece.scatter(out, result)
-            if piece.joining is not None:
-                assert update is not None
-                self._join(layer, update, piece.joining)
-            elif self._rows.chunked:
-                kept, opened = given, update
-            elif update is not None:
-                memory.carry_k, memory.carry_v = update.carry_k, update.carry_v
-        memory.kept, memory.opened = kept, opened
+            if piece.joining is None and self._rows.chunked:
+                memory.keep(given, piece, self._size)
+                self._cores[layer] = core
         if result is None:
             raise ValueError("there is no new token: call begin first, with one.")
+        self._late.discard(layer)
         return result
 
     def close_chunks(self, rows: Sequence[int] | None = None) -> None:
         """Close the open chunks of `rows` (None: of all), as at the end of a prompt or turn; does nothing where none
-        is open or the layers work on no chunks."""
-        joining = self._rows.close(rows)
-        if joining is None:
+        is open or the layers work on no chunks. Raises RuntimeError after a pass that an error ended."""
+        self._check()
+        piece = self._rows.close(rows)
+        if piece is None:
             return
+        self._late = set(range(len(self._layers)))
         for layer, memory in enumerate(self._layers):
-            assert memory.opened is not None
-            self._join(layer, memory.opened, joining)
+            assert memory.kept is not None
+            self._run(layer, self._cores[layer], piece, [x if x is None else x[:, : piece.slots] for x in memory.kept])
+            self._late.discard(layer)
 
     def select(self, index: Sequence[int]) -> None:
         """Row i goes on from what row index[i] was, for any number of rows: beams are reordered, rows repeated or
-        given up."""
+        given up. Raises RuntimeError after a pass that an error ended, but where all rows are given up."""
+        if index:
+            self._check()
+        before = len(self._rows)
         for name in self._rows.select(index):
             if self._store is not None:
                 self._store.drop(name)
+        self._pieces = []
+        if list(index) == list(range(len(index))) and len(index) == before:
+            return
         for memory in self._layers:
             memory.map(lambda x: x.index_select(0, torch.tensor(index, dtype=torch.int64, device=x.device)))
-        self._pieces = []
 
     def close(self) -> None:
         """Forget the rows."""
         self.select([])
 
-    def _join(self, layer: int, update: Update, joining: Joining) -> None:
+    def _check(self) -> None:
+        if self._late:
+            raise RuntimeError(
+                "an error ended the last pass over these rows, so that layers remember different tokens: begin a new "
+                "generation (of transformers: with a new MKACache)."
+            )
+
+    @torch.no_grad()
+    def _run(self, layer: int, core: Core, piece: Piece, given: Sequence[Tensor | None]) -> Tensor:
+        """The core's output, and what it leaves is remembered."""
         memory = self._layers[layer]
-        if self._store is not None:
-            self._put(layer, update, joining)
-        memory.join(update, joining, self._size, self._halo)
-        memory.recalled = None
+        out, update = core(piece, self._view(layer, piece), *given)
+        if update is not None and self._rows.chunked:
+            memory.pass_by(update, piece.continued.tokens)
+        elif update is not None:
+            memory.carry_k, memory.carry_v = update.carry_k, update.carry_v
+        if piece.joining is not None:
+            assert update is not None
+            if self._store is not None:
+                self._put(layer, update, piece.joining)
+            memory.join(update, piece.joining, self._size, self._halo)
+        return out
+
+    def _view(self, layer: int, piece: Piece) -> GenerationView:
+        return GenerationView(self._layers[layer], piece, self._store, self._key(layer, piece), self._halo)
+
+    def _prefetch(self, layer: int) -> None:
+        """What the new chunk of `layer` recalls, which only what lies before it decides."""
+        if layer < len(self._layers) and len(self._pieces) == 1 and self._pieces[0].opens:
+            opened = self._view(layer, self._pieces[0]).open
+            assert opened is not None
+            opened.prefetch()
 
     def _put(self, layer: int, update: Update, joining: Joining) -> None:
         assert self._store is not None and update.k is not None and update.v is not None

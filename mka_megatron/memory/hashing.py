@@ -205,6 +205,31 @@ def select(
     return cuda.nearest_codes(codes, signatures, among, planes.shape[0], selector.recalled), last
 
 
+@torch.no_grad()
+def select_once(
+    queries: Tensor, signatures: Tensor, chunks: Chunks, selector: Selector, window_chunks: int, *, backend: str
+) -> Tensor:
+    """The chunks that open chunks recall: none of their own queries has a part in it.
+
+    Args:
+        queries: [B, Q, G, d] those before the open chunks, as memory.view.View.queries gives them.
+        signatures: [B, N, G, W] of the chunks before.
+        chunks: of which the open ones are at hand.
+        window_chunks, backend: as for :func:`select`.
+
+    Returns:
+        [B, 1, G, R] as :meth:`Selector.select` gives them.
+    """
+    lengths, counts = chunks.at_hand(chunks.lengths), chunks.at_hand(chunks.first_positions)
+    wanted = recall.recent_sums(queries, queries, lengths, counts, chunks.size, SELECTING_QUERIES)
+    if backend == "reference":
+        return selector.select(wanted, signatures, chunks, window_chunks)
+    planes = selector.hyperplanes
+    among = recall.Candidates(chunks.documents, chunks.first, chunks.count, window_chunks)
+    codes = recall.sign_codes(wanted, planes)
+    return cuda.nearest_codes(codes, signatures, among, planes.shape[0], selector.recalled)
+
+
 def recall_at(found: Tensor, wanted: Tensor) -> float:
     """Share of the chunks in `wanted` [..., R] that `found` [..., R'] has too (-1: none); 1 if none is wanted."""
     hits = (wanted[..., :, None] == found[..., None, :]).any(dim=-1) & (wanted >= 0)

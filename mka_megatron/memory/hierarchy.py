@@ -212,6 +212,11 @@ class SegmentView:
         self._session, self._layer = session, layer
         self._known = session._layers.get(layer)
 
+    @property
+    def open(self) -> None:
+        """Segments have whole chunks."""
+        return None
+
     def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> Tensor | None:
         """The state that the last segment left, in rows whose document goes on."""
         if self._known is None:

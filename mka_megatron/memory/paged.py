@@ -18,6 +18,22 @@ Key = Callable[[int, int, int], PageKey]
 """(row, KV head of this rank, number of the chunk in the row) -> its page."""
 
 
+def stored_pages(store: TierStore, key: Key, recalled: Tensor, end: int) -> list[tuple[int, int, int, int]]:
+    """(row, KV head, number among that head's, chunk) of the chunks `recalled` [B, n, G, R] before `end`, those from
+    which on lie in the halo or at hand, as far as the store holds them."""
+    numbers = recalled.cpu()
+    batch, _, groups, _ = numbers.shape
+
+    def stored(row: int, head: int) -> list[int]:
+        chunks = [chunk for chunk in numbers[row, :, head].unique().tolist() if 0 <= chunk < end]
+        return [chunk for chunk in chunks if store.holds(key(row, head, chunk))]
+
+    return [
+        (row, head, page, chunk) for row in range(batch) for head in range(groups)
+        for page, chunk in enumerate(stored(row, head))
+    ]  # fmt: skip
+
+
 def read_pages(
     store: TierStore, key: Key, recalled: Tensor, k: Tensor, *, known: int, halo: int, size: int
 ) -> Pages:
@@ -34,16 +50,8 @@ def read_pages(
     batch, _, groups, channels = k.shape
     numbers = recalled.cpu()
     at_hand = recalled.shape[1]
-    held = known - halo  # the chunks from here on lie in the halo or at hand
-
-    def stored(row: int, head: int) -> list[int]:
-        chunks = [chunk for chunk in numbers[row, :, head].unique().tolist() if 0 <= chunk < held]
-        return [chunk for chunk in chunks if store.holds(key(row, head, chunk))]
-
-    where = [
-        (row, head, page, chunk) for row in range(batch) for head in range(groups)
-        for page, chunk in enumerate(stored(row, head))
-    ]  # fmt: skip
+    held = known - halo
+    where = stored_pages(store, key, numbers, held)
     most = 1 + max((page for _, _, page, _ in where), default=-1)
     lengths = numbers.new_zeros(batch, groups, most)
     paged_k = k.new_zeros(batch, groups, most, size, channels)

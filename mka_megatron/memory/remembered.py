@@ -1,7 +1,7 @@
-"""What one layer remembers of the rows of a generation, and the view that it gives of them.
+"""What one layer remembers of the rows of a generation.
 
 Shapes: B rows, S slots at hand, G KV heads of this rank, d head channels, C chunk size, N chunks known, n chunks at
-hand, R recalled chunks, Q = 16 selecting queries, T tokens of the longest row.
+hand, h chunks of the halo, R recalled chunks, Q = 16 selecting queries, T tokens of the longest row.
 """
 
 from __future__ import annotations
@@ -13,13 +13,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.hashing import SELECTING_QUERIES
-from mka_megatron.memory.paged import read_pages
 from mka_megatron.memory.rows import Joining, Piece, padded
-from mka_megatron.memory.tiers.pages import PageKey
-from mka_megatron.memory.tiers.store import TierStore
-from mka_megatron.memory.view import Carry, Pages, Summaries, Update
+from mka_megatron.memory.tables import Table
+from mka_megatron.memory.view import Carry, Choose, Pages, Summaries, Update
+
+
+@dataclass
+class Near:
+    """Block core: rotated keys and values of the last chunks known, then of the open chunk, in place."""
+
+    k: Tensor
+    """[B, G, (h + 1) * C, d]: the halo's end is where the open chunk begins."""
+    v: Tensor
+    """The same of the values."""
+    size: int
+    """C."""
+    count: int = 0
+    """Chunks of the halo that are known."""
+
+    def halo(self) -> tuple[Tensor, Tensor]:
+        """[B, count*C, G, d] each, not copies."""
+        return self._part(-self.count * self.size, 0)
+
+    def open(self) -> tuple[Tensor, Tensor]:
+        """[B, C, G, d] each, not copies, of which the chunk's tokens lie at its head."""
+        return self._part(0, self.size)
+
+    def extend(self, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Put the open chunk's next tokens [B, S, G, d] behind the others. Returns [B, count*C + S', G, d] each, the
+        halo and the open chunk, not copies."""
+        for x, into in zip((k, v), self.open(), strict=True):
+            piece.keep(x, into)
+        return self._part(-self.count * self.size, piece.held)
+
+    def _part(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Slots counted from the open chunk's first."""
+        zero = self.k.shape[2] - self.size
+        # [B, G, Y, d] -> [B, Y, G, d]
+        k, v = (x[:, :, zero + begin : zero + end].transpose(1, 2) for x in (self.k, self.v))
+        return k, v
 
 
 @dataclass
@@ -29,44 +62,85 @@ class Remembered:
     caches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Dense core: per level of the mixture finished keys and values [B, >= T, G, d] of each row from its first token
     on, with room behind."""
-    halo: tuple[Tensor, Tensor] | None = None
-    """Block core: rotated keys and values [B, h, C, G, d] of the last h chunks known."""
-    summaries: Summaries | None = None
-    """Of the chunks known."""
+    near: Near | None = None
+    """Block core: what the window holds beside the tokens at hand."""
+    summaries: tuple[Table, Table, Table | None] | None = None
+    """Of the chunks known, as view.Summaries."""
     queries: Tensor | None = None
     """[B, Q, G, d], as View.queries gives them."""
     carry_k: Carry | None = None
-    """Before the open chunks; without chunks, before the next tokens."""
+    """Before the open chunks; without chunks, after the last token."""
     carry_v: Carry | None = None
+    last_k: Carry | None = None
+    """With chunks, after the last token."""
+    last_v: Carry | None = None
     kept: tuple[Tensor | None, ...] | None = None
-    """What the layer was given for the tokens of the open chunks, [B, S, ...] each; None: there are none."""
-    opened: Update | None = None
-    """Of the open chunks."""
-    recalled: tuple[Tensor, Pages] | None = None
-    """The chunks that were recalled last, and their pages."""
+    """What the layer was given for the tokens of the open chunks, [B, C, ...] each; None: there never were any."""
+    choose: Choose | None = None
+    """How the layer selects; None: it never did."""
+    selected: Tensor | None = None
+    """[B, 1, G, R] what the open chunks recall; None: it is to be selected."""
+    recalled: Pages | None = None
+    """Their pages; None: they are to be read."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor, all of which have rows first."""
         for each in fields(self):
             setattr(self, each.name, _mapped(getattr(self, each.name), change))
 
+    @property
+    def known(self) -> Summaries | None:
+        """Of the chunks known, not copies."""
+        if self.summaries is None:
+            return None
+        k, v, signature = self.summaries
+        return Summaries(k.rows, v.rows, None if signature is None else signature.rows)
+
+    def near_of(self, like: Tensor, size: int, halo: int) -> Near:
+        """The window's tokens, where there are none yet for `halo` chunks and keys like [B, S, G, d]."""
+        if self.near is None:
+            batch, _, groups, channels = like.shape
+            k, v = (like.new_zeros(batch, groups, (halo + 1) * size, channels) for _ in range(2))
+            self.near = Near(k, v, size)
+        return self.near
+
+    def keep(self, given: Sequence[Tensor | None], piece: Piece, size: int) -> None:
+        """Keep what the layer was given for the next tokens of the open chunks, [B, S, ...] each."""
+        if self.kept is None:
+            self.kept = tuple(
+                None if x is None else x.new_zeros(len(x), size, *x.shape[2:]) for x in given
+            )
+        for x, chunks in zip(given, self.kept, strict=True):
+            if x is not None and chunks is not None:
+                piece.keep(x, chunks)
+
+    def pass_by(self, update: Update, tokens: Sequence[int]) -> None:
+        """Take over the states after `tokens` of each row."""
+        taken = torch.tensor([bool(count) for count in tokens])
+        self.last_k = _chosen(self.last_k, update.carry_k, taken)
+        self.last_v = _chosen(self.last_v, update.carry_v, taken)
+
     def join(self, update: Update, joining: Joining, size: int, halo: int) -> None:
         """Make the chunks at hand that `joining` adds known."""
         if update.summaries is not None:
-            old, new = self.summaries, update.summaries
-            signature = None
-            if new.signature is not None:
-                signature = joining.joined(None if old is None else old.signature, new.signature)
-            self.summaries = Summaries(
-                joining.joined(None if old is None else old.k, new.k),
-                joining.joined(None if old is None else old.v, new.v),
-                signature,
-            )
+            new = update.summaries
+            if self.summaries is None:
+                first = joining.joined(None, new.k), joining.joined(None, new.v)
+                codes = None if new.signature is None else Table.of(joining.joined(None, new.signature))
+                self.summaries = Table.of(first[0]), Table.of(first[1]), codes
+            else:
+                for table, x in zip(self.summaries, (new.k, new.v, new.signature), strict=True):
+                    if table is not None and x is not None:
+                        table.join(x, joining)
         if update.k is not None and update.v is not None:
-            before = self.halo or (None, None)
-            both = zip(before, (padded(update.k, size), padded(update.v, size)), strict=True)
-            k, v = (joining.joined(old, new, halo) for old, new in both)
-            self.halo = k, v
+            near = self.near_of(update.k, size, halo)
+            # [B, count*C, G, d] -> [B, count, C, G, d]
+            before = [x.unflatten(1, (near.count, size)) if near.count else None for x in near.halo()]
+            late = (padded(update.k, size), padded(update.v, size))
+            k, v = (joining.joined(old, new, halo) for old, new in zip(before, late, strict=True))
+            near.count = k.shape[1]
+            for x, into in zip((k, v), near.halo(), strict=True):
+                into.copy_(x.flatten(1, 2))
         if update.queries is not None:
             self.queries = _last(self.queries, update.queries, joining.tokens)
         taken = torch.tensor([bool(count) for count in joining.tokens])
@@ -74,77 +148,8 @@ class Remembered:
             _chosen(old, new, taken)
             for old, new in ((self.carry_k, update.carry_k), (self.carry_v, update.carry_v))
         )
-
-
-@dataclass(frozen=True)
-class GenerationView:
-    """memory.view.View of one layer over the slots of a piece."""
-
-    memory: Remembered
-    piece: Piece
-    store: TierStore | None
-    key: Callable[[int, int, int], PageKey]
-    """(row, KV head of this rank, chunk) -> page."""
-
-    def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> Carry | None:
-        """See View."""
-        state = self.memory.carry_k if name == "k" else self.memory.carry_v
-        if state is None or isinstance(state, tuple):
-            return state
-        return torch.where(documents.continues[:, None, None], state, x[:, 0].to(state.dtype))
-
-    def halo(self, k: Tensor, v: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-        """See View; what rows without so many chunks have there is no token's."""
-        if self.memory.halo is None:
-            return k[:, :0], v[:, :0]
-        # [B, h, C, G, d] -> [B, h*C, G, d]
-        return self.memory.halo[0].flatten(1, 2), self.memory.halo[1].flatten(1, 2)
-
-    def queries(self, local: Tensor) -> Tensor | None:
-        """See View."""
-        return self.memory.queries
-
-    def summaries(self, local: Summaries) -> Summaries:
-        """See View."""
-        return local if self.memory.summaries is None else self.memory.summaries.then(local)
-
-    def pages(self, recalled: Tensor, halo: int, k: Tensor, v: Tensor) -> Pages:
-        """See View. An open chunk recalls the same from token to token: what was read last is kept."""
-        assert self.store is not None and self.piece.continued.chunks is not None
-        table = self.piece.continued.chunks
-        last = self.memory.recalled
-        if last is not None and last[0].equal(recalled):
-            return last[1]
-        found = read_pages(self.store, self.key, recalled, k, known=table.first, halo=halo, size=table.size)
-        # whole chunks are not asked for again
-        self.memory.recalled = None if self.piece.joining is not None else (recalled, found)
-        return found
-
-    def keys_values(self, k: Tensor, v: Tensor, level: int = 0) -> tuple[Tensor, Tensor]:
-        """See View: of each row its tokens from the first on, those at hand put behind the others."""
-        rows, caches = self.piece.continued, self.memory.caches
-        while len(caches) <= level:
-            caches.append((k.new_empty(len(k), 0, *k.shape[2:]), v.new_empty(len(v), 0, *v.shape[2:])))
-        ends = [before + count for before, count in zip(rows.earlier, rows.tokens, strict=True)]
-        key = _roomy(caches[level][0], max(ends))
-        # where the keys are the values they are kept once
-        caches[level] = (key, key if v is k else _roomy(caches[level][1], max(ends)))
-        for cache, x in zip(caches[level][: 1 if v is k else 2], (k, v), strict=False):
-            if len(set(ends)) == 1 and self.piece.documents.padding is None:
-                cache[:, rows.earlier[0] : ends[0]] = x
-                continue
-            for row, (begin, end, count) in enumerate(zip(rows.earlier, ends, rows.tokens, strict=True)):
-                cache[row, begin:end] = x[row, :count]
-        return caches[level]
-
-
-def _roomy(cache: Tensor, slots: int) -> Tensor:
-    """The cache with room for `slots`: a fourth more than that when it has to grow, so that growing stays rare."""
-    if cache.shape[1] >= slots:
-        return cache
-    larger = cache.new_zeros(len(cache), slots + slots // 4 + 16, *cache.shape[2:])
-    larger[:, : cache.shape[1]] = cache
-    return larger
+        # numbers of chunks change with the tables
+        self.selected = self.recalled = None
 
 
 def _last(before: Tensor | None, late: Tensor, tokens: Sequence[int]) -> Tensor:

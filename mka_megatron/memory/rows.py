@@ -55,21 +55,19 @@ class Joining:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Slots at hand that every layer attends to at once: whole chunks, or the rows' open chunks."""
+    """Slots at hand that every layer attends to at once: whole chunks, or the next slots of open chunks."""
 
     documents: Documents
     joining: Joining | None
     """Of whole chunks; None: they stay open."""
     slots: int
     """S."""
-    kept: int
-    """Slots that the layers keep of open chunks: the first ones of these are at hand again."""
     uniform: tuple[int, int] | None
     """Every row has `again` kept tokens, then the new slots from this one on: (again, first new slot)."""
     source: Tensor | None
-    """[B, S] int64 into (kept slots, new slots), where rows differ; any on padding."""
-    fresh: tuple[Tensor, Tensor, Tensor] | None
-    """(rows, slots at hand, new slots) of the new tokens at hand, where rows differ."""
+    """[B, S] int64 into (kept slots where some are at hand again, new slots), where rows differ; any on padding."""
+    fresh: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    """(rows, slots at hand, new slots, slots of the open chunk) of the new tokens at hand, where rows differ."""
     pages: np.ndarray
     """[B, N] names of the pages of the chunks before those at hand; -1: no chunk."""
 
@@ -79,15 +77,40 @@ class Piece:
         assert self.documents.continued is not None
         return self.documents.continued
 
+    @property
+    def opens(self) -> bool:
+        """Some row begins a chunk here, which stays open."""
+        opened = self.continued.opened
+        return opened is not None and any(
+            count and not had for count, had in zip(self.continued.tokens, opened, strict=True)
+        )
+
+    @property
+    def held(self) -> int:
+        """Slots of the longest open chunk, those at hand included."""
+        assert self.continued.opened is not None
+        return max(map(sum, zip(self.continued.tokens, self.continued.opened, strict=True)))
+
     def gather(self, kept: Tensor | None, new: Tensor) -> Tensor:
-        """The layers' [B, kept, ...] and [B, T, ...] -> those at hand, [B, S, ...]."""
+        """The layers' [B, C, ...], of open chunks, and [B, T, ...] -> those at hand, [B, S, ...]."""
+        again = any(self.continued.again)
         if self.uniform is not None:
-            again, first = self.uniform
-            late = new[:, first : first + self.slots - again]
-            return late if again == 0 or kept is None else torch.cat((kept[:, :again], late), dim=1)
-        both = new if kept is None else torch.cat((kept, new), dim=1)
+            count, first = self.uniform
+            late = new[:, first : first + self.slots - count]
+            return torch.cat((kept[:, :count], late), dim=1) if again and kept is not None else late
+        both = torch.cat((kept, new), dim=1) if again and kept is not None else new
         assert self.source is not None
         return both[torch.arange(len(both), device=both.device)[:, None], self.source]
+
+    def keep(self, x: Tensor, chunks: Tensor) -> None:
+        """Put [B, S, ...] of open chunks at hand to where they are in `chunks` [B, C, ...]."""
+        assert self.continued.opened is not None
+        if self.fresh is None:
+            begin = self.continued.opened[0]
+            chunks[:, begin : begin + self.slots] = x
+        else:
+            rows, at_hand, _, places = self.fresh
+            chunks[rows, places] = x[rows, at_hand]
 
     def scatter(self, out: Tensor, into: Tensor) -> None:
         """Put the new tokens' of [B, S, ...] to where they are in `into` [B, T, ...]."""
@@ -96,7 +119,7 @@ class Piece:
             into[:, first : first + self.slots - again] = out[:, again:]
         else:
             assert self.fresh is not None
-            rows, at_hand, places = self.fresh
+            rows, at_hand, places, _ = self.fresh
             into[rows, places] = out[rows, at_hand]
 
 
@@ -109,8 +132,6 @@ class Rows:
         """Tokens in complete chunks; without chunks all tokens."""
         self.open = [0] * batch
         """Tokens of each row's open chunk."""
-        self._kept = 0
-        """Slots that the layers keep of open chunks; some may have been closed since."""
         self._first = [0] * batch
         """Tokens of each row's first chunk, 0 while it is open."""
         self._chunks = [0] * batch
@@ -135,35 +156,35 @@ class Rows:
         """
         counts = [slots] * len(self) if valid is None else valid.sum(dim=1).tolist()
         order = None if valid is None or min(counts) == slots else (~valid).long().argsort(dim=1, stable=True)
-        kept = self._kept
         nothing = [0] * len(self)
         if self._size is None:
-            pieces = [self._piece(counts, nothing, nothing, order, kept, False)] if any(counts) else []
+            pieces = [self._piece(counts, nothing, nothing, order)] if any(counts) else []
             self.known = [known + count for known, count in zip(self.known, counts, strict=True)]
             return pieces
         size, before = self._size, self.open
         whole = [(mine + count) // size if count else 0 for mine, count in zip(before, counts, strict=True)]
         again = [mine if many else 0 for mine, many in zip(before, whole, strict=True)]
-        rest = [mine + count - size * many for mine, count, many in zip(before, counts, whole, strict=True)]
+        left = [0 if many else mine for mine, many in zip(before, whole, strict=True)]
+        first = [size * many - mine if many else 0 for mine, many in zip(before, whole, strict=True)]
+        rest = [count - begin for count, begin in zip(counts, first, strict=True)]
         pieces = []
         if any(whole):
-            pieces.append(self._piece([size * many for many in whole], again, nothing, order, kept, True))
+            pieces.append(self._piece([size * many for many in whole], again, nothing, order, added=whole))
         if any(rest):
-            first = [size * many - mine if many else 0 for mine, many in zip(before, whole, strict=True)]
-            again = [0 if many else mine for mine, many in zip(before, whole, strict=True)]
-            pieces.append(self._piece(rest, again, first, order, kept, False))
-        self.open, self._kept = rest, max(rest)
+            pieces.append(self._piece(rest, nothing, first, order, opened=left))
+        self.open = [had + count for had, count in zip(left, rest, strict=True)]
         return pieces
 
-    def close(self, rows: Sequence[int] | None) -> Joining | None:
-        """Make the open chunks of `rows` (None: all) complete ones; None: none is open."""
+    def close(self, rows: Sequence[int] | None) -> Piece | None:
+        """Make the open chunks of `rows` (None: all) complete ones, all of whose tokens are at hand again; None: none
+        is open."""
         chosen = range(len(self)) if rows is None else rows
         tokens = [mine if row in chosen else 0 for row, mine in enumerate(self.open)]
         if self._size is None or not any(tokens):
             return None
-        lengths, last = self._local(tokens, self.known)
         self.open = [mine - closed for mine, closed in zip(self.open, tokens, strict=True)]
-        return self._join([int(count > 0) for count in tokens], tokens, lengths, last)
+        nothing = [0] * len(self)
+        return self._piece(tokens, tokens, nothing, None, added=[int(count > 0) for count in tokens])
 
     def select(self, index: Sequence[int]) -> list[int]:
         """Row i becomes what row index[i] was. Returns the names of pages that no row has any more."""
@@ -191,51 +212,50 @@ class Rows:
         again: list[int],
         first: list[int],
         order: Tensor | None,
-        kept: int,
-        whole: bool,
+        *,
+        opened: list[int] | None = None,
+        added: list[int] | None = None,
     ) -> Piece:
-        chunks = joining = None
-        pages, earlier = self.pages, tuple(self.known)
-        started = [
-            had or min(count, self._size or count) for had, count in zip(self._first, tokens, strict=True)
-        ]
+        """`tokens` at hand of each row, of which `again` were before, the others from the `first` new one on. They go
+        on with chunks that have `opened` tokens, or are `added` whole chunks."""
+        chunks: Chunks | None = None
+        joining: Joining | None = None
+        pages, behind = self.pages, opened or [0] * len(self)
+        begun, earlier = self.known, [sum(each) for each in zip(self.known, behind, strict=True)]
+        ends = [sum(each) for each in zip(behind, tokens, strict=True)]
+        started = [had or min(end, self._size or end) for had, end in zip(self._first, ends, strict=True)]
         if self._size is not None:
-            lengths, last = self._local(tokens, earlier)
+            lengths, last = self._local(ends, begun)
             table = torch.cat((self._lengths, lengths), dim=1)
             chunks = Chunks(
                 self._size, table, (table > 0).long() - 1, torch.cat((self._last, last), dim=1),
                 self._lengths.shape[1], lengths.shape[1],
             )  # fmt: skip
-            if whole:
-                joining = self._join([count // self._size for count in tokens], tokens, lengths, last)
-        rows = Continued(tuple(tokens), earlier, tuple(again), tuple(started), chunks)
-        slots = max(tokens)
-        plan = (joining, slots, kept)
+            if added is not None:
+                joining = self._join(added, tokens, lengths, last)
+        before = None if opened is None else tuple(opened)
+        rows = Continued(tuple(tokens), tuple(earlier), tuple(again), tuple(started), chunks, before)
         documents = rows.documents(self._device)
-        if order is None and len(set(zip(tokens, again, first, strict=True))) == 1:
-            return Piece(documents, *plan, (again[0], first[0]), None, None, pages)
-        return Piece(documents, *plan, None, *self._places(tokens, again, first, order, slots, kept), pages)
+        if order is None and len(set(zip(tokens, again, first, behind, strict=True))) == 1:
+            return Piece(documents, joining, max(tokens), (again[0], first[0]), None, None, pages)
+        places = self._places(tokens, again, first, behind, order)
+        return Piece(documents, joining, max(tokens), None, *places, pages)
 
     def _places(
-        self,
-        tokens: list[int],
-        again: list[int],
-        first: list[int],
-        order: Tensor | None,
-        slots: int,
-        kept: int,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        self, tokens: list[int], again: list[int], first: list[int], behind: list[int], order: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """`source` and `fresh` of a piece."""
-        column = torch.arange(slots, device=self._device)
-        count, old, new = (
-            torch.tensor(each, device=self._device)[:, None] for each in (tokens, again, first)
+        column = torch.arange(max(tokens), device=self._device)
+        count, old, new, had = (
+            torch.tensor(each, device=self._device)[:, None] for each in (tokens, again, first, behind)
         )
         fresh = (column >= old) & (column < count)
         numbers = torch.where(fresh, column - old + new, 0)
         places = numbers if order is None else order.gather(1, numbers)
+        kept = (self._size or 0) if any(again) else 0
         source = torch.where(fresh, places + kept, torch.where(column < old, column, 0))
         rows, at_hand = fresh.nonzero().unbind(1)
-        return source, (rows, at_hand, places[rows, at_hand])
+        return source, (rows, at_hand, places[rows, at_hand], at_hand + had[rows, 0])
 
     def _join(self, added: list[int], tokens: Sequence[int], lengths: Tensor, last: Tensor) -> Joining:
         known, count = self._lengths.shape[1], lengths.shape[1]

@@ -6,7 +6,9 @@ at hand, R recalled chunks, M pages, Q = 16 queries that select.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -53,6 +55,12 @@ class Pages:
     """[B, n, G, R] int64 into (halo chunks, chunks at hand, pages), -1 = none: what to attend to instead of
     chunk numbers."""
 
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[B, G, M*C] bool: slots that hold a token."""
+        slots = torch.arange(self.k.shape[3], device=self.k.device)
+        return (slots < self.lengths[..., None]).flatten(2)
+
 
 @dataclass(frozen=True)
 class Update:
@@ -74,8 +82,32 @@ class Update:
     """[B, n, G, R] int64 numbers in the row of the recalled chunks, -1 = none; None without recalled tokens."""
 
 
+Choose = Callable[[Tensor, Tensor, Chunks], Tensor]
+"""(queries before open chunks, as `View.queries` gives them; signatures of the chunks before [B, N, G, W]; chunks, of
+which the open ones are at hand) -> the chunks that they recall [B, 1, G, R]."""
+
+
+class OpenChunks(Protocol):
+    """Open chunks of rows that are generated: the slots at hand are their next ones, and they stay open."""
+
+    @property
+    def summaries(self) -> Summaries | None:
+        """Those of the chunks before, [B, N, G, ...]; None: there are none. An open chunk has no summary yet."""
+
+    def selected(self, choose: Choose) -> Tensor | None:
+        """[B, 1, G, R] what they recall, asked once for an open chunk. None: no chunk lies before."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The block core's halo and open chunk so far, [B, h*C + S', G, d] each, given the rotated keys and the values
+        at hand [B, S, G, d], which are kept."""
+
+
 class View(Protocol):
-    """Every method is pure: a recomputed forward gets the same answers."""
+    """Every method but those of `open` is pure: a recomputed forward gets the same answers."""
+
+    @property
+    def open(self) -> OpenChunks | None:
+        """Where the slots at hand are the next ones of open chunks, those."""
 
     def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> Carry | None:
         """L2's state before slot 0 of `x` [B, S, G, d] (name: "k" or "v"), to be passed to summary.ema, or without a
@@ -105,6 +137,11 @@ class View(Protocol):
 @dataclass(frozen=True)
 class Alone:
     """The slots at hand are the whole rows."""
+
+    @property
+    def open(self) -> None:
+        """All chunks are whole."""
+        return None
 
     def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> None:
         """No state comes in."""

@@ -28,7 +28,7 @@ from mka_megatron.memory.rows import Piece
 from mka_megatron.memory.summary import decay_logits
 from mka_megatron.memory.view import Memory, Update, View
 from mka_megatron.model.gate import build_gate, sharded_parameter
-from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
+from mka_megatron.model.inputs import AttentionInputs, GenerationInputs, of_piece
 from mka_megatron.parallel.replicated import mark_partial
 
 # Suffixes: S sequence, B batch, G local KV heads, H local query heads, d head dim, L levels.
@@ -169,11 +169,12 @@ class VariantCore(nn.Module):
     def _generate(self, inputs: GenerationInputs, attend: Callable[..., tuple[Any, ...]], raw: list[Tensor],
                   route: tuple[Tensor | None, ...]) -> Tensor:
         logits, beta, decay_k, decay_v, core_logits = route or (None,) * 5
+        gated, rope = bool(route), inputs.rope  # the generation keeps `core`, which must not keep the generation
 
         def core(piece: Piece, view: View, q: Tensor, k: Tensor, v: Tensor, mine: Tensor | None,
                  of_core: Tensor | None) -> tuple[Tensor, Update | None]:
-            of_route = (mine, beta, decay_k, decay_v, of_core) if route else ()
-            out, _, *update = attend(inputs.of(piece), view, q, k, v, *of_route)
+            of_route = (mine, beta, decay_k, decay_v, of_core) if gated else ()
+            out, _, *update = attend(of_piece(piece, rope), view, q, k, v, *of_route)
             return out, update[0] if update else None
 
         return inputs.generation.attend(self.layer, core, *raw, logits, core_logits)

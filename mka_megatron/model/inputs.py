@@ -44,12 +44,13 @@ class GenerationInputs(PackedSeqParams):
     rope: RotaryTable
     generation: Generation
 
-    def of(self, piece: Piece) -> AttentionInputs:
-        """Inputs of a piece's slots at hand; what lies before them the piece's view knows."""
-        cos, sin = piece.documents.once(_tables, self.rope)
-        return AttentionInputs(
-            documents=piece.documents, cos=cos, sin=sin, rope=self.rope, chunks=piece.continued.chunks, history=NoHistory(),
-        )
+
+def of_piece(piece: Piece, rope: RotaryTable) -> AttentionInputs:
+    """Inputs of a piece's slots at hand; what lies before them the piece's view knows."""
+    cos, sin = piece.documents.once(_tables, rope)
+    return AttentionInputs(
+        documents=piece.documents, cos=cos, sin=sin, rope=rope, chunks=piece.continued.chunks, history=NoHistory(),
+    )
 
 
 def _tables(documents: Documents, rope: RotaryTable) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from mka_megatron.attention.mla import absorbed_attention, latent_attention
 from mka_megatron.config.schema import Config
 from mka_megatron.memory.rows import Piece
 from mka_megatron.memory.view import View
-from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
+from mka_megatron.model.inputs import AttentionInputs, GenerationInputs, of_piece
 from mka_megatron.model.norm import RMSNorm
 from mka_megatron.parallel.regions import copy_to_region
 from mka_megatron.parallel.replicated import mark_partial
@@ -114,7 +114,7 @@ class LatentSelfAttention(MegatronModule):
         up = self.linear_kv.get_parameter("weight")
 
         def core(piece: Piece, view: View, q_BSHd: Tensor, latent_BSc: Tensor, k_rope_BSr: Tensor) -> tuple[Tensor, None]:
-            at = inputs.of(piece)
+            at = of_piece(piece, inputs.rope)
             return absorbed_attention(
                 q_BSHd, latent_BSc, k_rope_BSr, up, at.cos, at.sin, at.documents, nope=self.mla.qk_nope_head_dim,
                 scale=self.query_dim**-0.5, view=view,

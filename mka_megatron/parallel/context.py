@@ -59,6 +59,11 @@ class RankView:
     traffic: Traffic
     """Counts the bytes that this rank sends."""
 
+    @property
+    def open(self) -> None:
+        """Shards have whole chunks."""
+        return None
+
     def carry(self, name: str, x: Tensor, decay: Tensor | None, documents: Documents) -> Tensor:
         """EMA state before slot 0, [B, G, d] in fp32 (fp64 for fp64 x): the ranks' last states without a carry,
         decayed by the tokens between. See View. Raises ValueError without a decay."""

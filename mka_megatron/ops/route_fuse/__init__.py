@@ -66,9 +66,11 @@ def route_fuse(
     Returns:
         For every stream (fused [B, S, G, d], dtype of x; the EMA's state after the last slot [B, G, d] in fp32 or
         fp64, None without one); and the weights, of the shape of `logits`, detached. Raises ValueError when the
-        inputs contradict each other.
+        inputs contradict each other, which is not looked for in a single slot without gradients: a token that is
+        generated goes the way of its prompt.
     """
-    _check(streams, logits, beta, rows, available, mode)
+    if logits.shape[1] != 1 or torch.is_grad_enabled():
+        _check(streams, logits, beta, rows, available, mode)
     return BACKENDS[backend](streams, logits, beta, rows, available, mode)
 
 

@@ -33,6 +33,8 @@ def ema(x: Tensor, decay: Tensor, documents: Rows, carry: Tensor | None = None) 
         row's first token the carry or 0), and the state after the last slot, [B, ...] in fp32 (fp64 for fp64 x).
         Differentiable once in x, decay and carry.
     """
+    if x.shape[1] == 1 and not torch.is_grad_enabled():
+        return _one_slot(x, decay, documents, carry)
     if documents.gaps:
         moved = documents.compacted
         averages, last = _Ema.apply(moved.take(x), decay, moved.documents, carry)
@@ -71,6 +73,18 @@ def prefix_mean(
         rows, times, last = documents.held
         counts = counts.index_put((rows, times), counts[rows, last])
     return _mean(sums, counts).to(x.dtype), (total, counts[:, -1])
+
+
+def _one_slot(x: Tensor, decay: Tensor, documents: Rows, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`ema` of a token that is generated, without a gradient: the same arithmetic in five operations."""
+    state = x[:, 0].to(_state_dtype(x), copy=True)
+    if carry is not None:
+        rate = decay.to(state.dtype)
+        state = torch.addcmul(state * (1 - rate), carry.to(state.dtype), rate)
+    if documents.padding is not None:
+        padding = documents.padding[:, 0].view(-1, *(1,) * (state.dim() - 1))
+        state = torch.where(padding, 0 if carry is None else carry.to(state.dtype), state)
+    return state[:, None].to(x.dtype), state
 
 
 class _Ema(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def test_a_second_turn_goes_on_with_the_first(model):
             model(second[:, column : column + 1], attention_mask=mask[:, : column + 1], past_key_values=cache)
         logits = model(second[:, first.shape[1] - 1 :], attention_mask=mask, past_key_values=cache).logits
     assert torch.equal(logits[:, -1].argmax(dim=-1), made[:, second.shape[1]])
+
+
+def test_a_cache_that_goes_takes_its_rows_with_it(model):
+    """At once, not when somebody collects garbage: what closes chunks does not keep them."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            kept = weakref.ref(model(TOKENS[:, :18]).past_key_values.memory)
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_an_empty_dynamic_cache_becomes_ours(model, greedy):

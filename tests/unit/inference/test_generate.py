@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from mka_megatron.inference.generate import generate, remember
 from mka_megatron.inference.sampling import Sampling
 from mka_megatron.memory.documents import Documents
 from mka_megatron.memory.generation import open_pages
-from mka_megatron.memory.tiers.pages import TierError
+from mka_megatron.memory.tiers.pages import PageKey, TierError
 from mka_megatron.model.build import build_model
 from mka_megatron.model.gpt import GPT
 from tests.unit.model.test_causality import CASES, TINY, VOCAB
@@ -96,6 +98,25 @@ def test_a_second_turn_goes_on(built, topology) -> None:
         store.close()
 
 
+def test_a_memory_that_goes_is_given_up_at_once(built, topology) -> None:
+    """Not when somebody collects garbage: what closes chunks does not keep it."""
+    model, config = built
+    store = open_pages(config, torch.float32, topology.device, run="test")
+    memory = remember(model, config, topology, 1, store)
+    with torch.no_grad():
+        model.extend(torch.tensor([PROMPTS[1]]), memory)
+    kept = weakref.ref(memory)
+    gc.collect()
+    gc.disable()
+    try:
+        del memory
+        assert kept() is None
+    finally:
+        gc.enable()
+    if store is not None:
+        store.close()
+
+
 def test_rows_end_at_the_end_of_text(built, topology) -> None:
     model, config = built
     expected = [without_memory(model, [prompt], NEW) for prompt in PROMPTS]
@@ -141,6 +162,36 @@ def test_tokens_are_the_same_with_pages_on_the_disk_and_nothing_stays_there(
     assert found.ssd_pages > found.dram_pages and found.misses > 0
     assert made[0] == made[1]
     assert not any(tmp_path.iterdir())
+
+
+def test_a_layers_pages_are_fetched_while_the_layer_before_computes(
+    block, topology, tmp_path: Path, monkeypatch
+) -> None:
+    """Where a chunk opens; from token to token nothing is asked for."""
+    model, config = block
+    placed, size = on_disk(config, tmp_path), config.memory_hierarchy.l1.chunk_size
+    store = open_pages(placed, torch.float32, topology.device, run="test")
+    assert store is not None
+    events: list[tuple[str, set[PageKey]]] = []
+    with store:
+        memory = remember(model, placed, topology, 1, store)
+        generate(model, memory, [PROMPTS[0] * 4], max_new_tokens=1, eos_id=None, positions=POSITIONS)
+        for name in ("prefetch", "get"):
+
+            def recorded(keys: list[PageKey], name: str = name, real=getattr(store, name)):  # noqa: B008
+                events.append((name, set(keys)))
+                return real(keys)
+
+            monkeypatch.setattr(store, name, recorded)
+        for token in range(2 * size):
+            events.clear()
+            with torch.no_grad():
+                model.extend(torch.tensor([[token + 1]]), memory)
+            if token % size == 0:
+                assert [name for name, _ in events] == ["prefetch", "get", "get"]
+                assert events[0][1] == events[2][1] and {key.layer for key in events[0][1]} == {1}
+            else:
+                assert not events
 
 
 def test_a_full_disk_is_an_error_that_names_the_budget(block, topology, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ both recall the same; C = 4, a window of two chunks (others where a case says so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from mka_megatron.attention import blockmka, long_term
+from mka_megatron.memory.tiers.pages import TierError
 from mka_megatron.memory.tiers.store import TierStore
 from tests.helpers.generated import CASES, HIDDEN, SHAPES, C, Case, Layer, Rows
 from tests.helpers.numerics import assert_bitwise, assert_same
@@ -203,3 +206,93 @@ def test_a_pass_without_tokens_is_refused() -> None:
         layer.step(
             memory, torch.zeros(2, 1, HIDDEN, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.bool)
         )
+
+
+CHUNKED = [name for name in CASES if Layer(CASES[name]).chunked]
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_an_open_chunk_selects_once_and_nothing_of_it_is_pooled(name: str, monkeypatch) -> None:
+    case, calls = CASES[name], {"pooled": 0, "select_once": 0}
+
+    def counted(called: str, real: Callable[..., object], *args: object, **kwargs: object) -> object:
+        calls[called] += 1
+        return real(*args, **kwargs)
+
+    for module in (blockmka, long_term):
+        for called in calls:
+            monkeypatch.setattr(module, called, partial(counted, called, getattr(module, called)))
+    with open_pages(None, rows=None, shape=shape(case)) as pages:
+        rows = Rows(Layer(case), 2, pages)
+        rows.give([4 * C + 1] * 2)
+        rows.close()
+        calls.update(pooled=0, select_once=0)
+        selects = int(case.l3 is not None)
+        for token in range(3 * C):
+            rows.give([1, 1])
+            begun, complete = token // C + 1, (token + 1) // C
+            assert calls == {"pooled": complete, "select_once": selects * begun}
+        check(rows)
+
+
+@pytest.mark.parametrize("name", [*CHUNKED, "gqa", "fastmka"])
+def test_a_token_is_put_where_there_is_room(name: str) -> None:
+    """Tables and keys stay in place from token to token but for what has to grow."""
+    case = CASES[name]
+
+    def places(rows: Rows) -> set[int]:
+        layer = rows.memory.layers[0]
+        found = [*(x for pair in layer.caches for x in pair), *(x for x in layer.kept or () if x is not None)]
+        found += [table.storage for table in layer.summaries or () if table is not None]
+        found += [layer.near.k, layer.near.v] if layer.near is not None else []
+        return {x.data_ptr() for x in found}
+
+    with open_pages(None, rows=None, shape=shape(case)) as pages:
+        rows = Rows(Layer(case), 2, pages)
+        rows.give([4 * C + 1] * 2)
+        rows.close()
+        rows.give([1, 1])
+        rows.give([1] * 2)
+        before = places(rows)
+        for _ in range(2 * C):
+            rows.give([1, 1])
+            rows.select([0, 1])
+        assert before and places(rows) == before
+
+
+def test_rows_end_and_begin_while_a_chunk_is_open(case: Case, pages: TierStore) -> None:
+    """What the others recall does not depend on it, nor on how their chunks' numbers change."""
+    rows = Rows(Layer(case), 3, pages)
+    rows.give([26, 15, 0], width=26)
+    rows.close()
+    for counts in ([1, 1, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 7], [0, 0, 1], [1, 1, 1], [3, 1, 2], [1, 1, 1]):
+        rows.give(counts)
+    rows.close([1])
+    for _ in range(C + 1):
+        rows.give([1, 1, 1])
+    check(rows)
+
+
+def test_rows_that_an_error_stopped_go_no_further_but_can_be_given_up() -> None:
+    layer = Layer(CASES["blockmka"])
+    with open_pages(None, rows=None, shape=SHAPES["hash"]) as pages:
+        rows = Rows(layer, 2, pages)
+        rows.give([9, 9])
+        rows.memory.begin(1)
+        with pytest.raises(ZeroDivisionError):
+            rows.memory.attend(0, lambda *_: 1 // 0, *layer.raw(torch.zeros(2, 1, HIDDEN, dtype=torch.float64)))
+        for act in (lambda: rows.give([1, 1]), rows.memory.close_chunks, lambda: rows.memory.select([1, 0])):
+            with pytest.raises(RuntimeError, match="begin a new generation") as caught:
+                act()
+            assert str(caught.value).count(". ") == 0
+        rows.memory.close()
+        assert pages.statistics().pages == 0
+
+
+def test_a_full_store_stops_the_rows() -> None:
+    with open_pages(None, rows=6, shape=SHAPES["hash"]) as pages:
+        rows = Rows(Layer(CASES["blockmka"]), 1, pages)
+        with pytest.raises(TierError, match="no room"):
+            rows.give([9 * C])
+        with pytest.raises(RuntimeError, match="begin a new generation"):
+            rows.give([1])

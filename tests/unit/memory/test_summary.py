@@ -290,3 +290,23 @@ def test_initial_decays_are_spread_over_spans() -> None:
 def test_spans_that_make_no_decay_are_refused(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="min_span"):
         decay_logits(L2Config(min_span=low, max_span=high), 2, 4)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_slot_without_gradients_has_the_bits_of_one_with(dtype: torch.dtype, carried: bool) -> None:
+    """Generation's way, which is no autograd function, padding in one row."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, decay = torch.randn(3, 1, 4, 5).to(dtype), torch.rand(4, 5, dtype=wide)
+    carry = torch.randn(3, 4, 5, dtype=wide) if carried else None
+    for padding in (None, torch.tensor([[False], [True], [False]])):
+        rows = Documents.from_starts(torch.ones(3, 1, dtype=torch.bool), padding)
+        with torch.no_grad():
+            found = ema(x, decay, rows, carry)
+        for mine, theirs in zip(found, ema(x, decay.requires_grad_(), rows, carry), strict=True):
+            assert theirs.requires_grad
+            assert_bitwise(mine, theirs)
+        decay.requires_grad_(False)
+        before = found[1].clone()
+        x.fill_(7)
+        assert_bitwise(found[1], before)  # the state is no part of what comes next
