@@ -142,6 +142,10 @@ class _Decoder(_Initialized):
         return Step.of(cache.memory, self.rotary_emb, hidden)
 
 
+_MANIFEST = "mka_manifest.json"
+"""As files.manifest.NAME, which does not travel with a model."""
+
+
 class _CausalLM(_Initialized, GenerationMixin):
     """A language model over our base model; precedes transformers' class."""
 
@@ -154,9 +158,15 @@ class _CausalLM(_Initialized, GenerationMixin):
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """As transformers' own, with the code that loads the directory where this package is not installed."""
+        """As transformers' own, with the code that loads the directory where this package is not installed.
+
+        A manifest of what was imported or exported there before is removed: it lists other files.
+        """
+        main = kwargs.get("is_main_process", True)
+        if main:
+            (Path(save_directory) / _MANIFEST).unlink(missing_ok=True)
         super().save_pretrained(save_directory, **kwargs)
-        if not self.is_remote_code() and kwargs.get("is_main_process", True):
+        if not self.is_remote_code() and main:
             importlib.import_module("mka_megatron.hf.remote").write_remote_code(Path(save_directory))
 
     def _prepare_cache_for_generation(  # type: ignore[override]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, masking_utils
 
 from mka_megatron.config.errors import ConfigError
+from mka_megatron.files import manifest
 from mka_megatron.hf.configuration import MKAQwen2Config
 from tests.helpers.hf_checkpoints import SHAPE, TOKENS
 from tests.helpers.hf_patched import VARIANTS, patched
@@ -143,6 +144,20 @@ def test_bf16_and_the_base_model_load_too(tmp_path):
     base = AutoModel.from_pretrained(tmp_path, dtype="auto")
     with torch.no_grad():
         assert_bitwise(base(TOKENS).last_hidden_state, model.model(TOKENS).last_hidden_state)
+
+
+def test_a_manifest_does_not_outlive_what_it_lists(tmp_path):
+    """An imported directory that is trained and saved in place is loaded again by everything that checks manifests."""
+    model = patched("qwen2", VARIANTS["fastmka"])
+    model.save_pretrained(tmp_path)
+    manifest.write(tmp_path, {})
+    manifest.verify(tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert (tmp_path / manifest.NAME).is_file()  # other ranks remove nothing
+    model.save_pretrained(tmp_path)
+    assert manifest.verify(tmp_path) is None
 
 
 def test_missing_route_tensors_get_their_first_values(tmp_path):
