@@ -165,6 +165,9 @@ def apply_init_from(config: Config, merged: dict[str, Any], origins: Origins) ->
     contradiction(merged["model"], config.model, model, ("model",),
                   "start from a configuration without a model section such as configs/run/from_hf.yaml")
     fixed = dataclasses.replace(config, model=model)
+    if ("data", "sequence_length") not in origins and fixed.data.sequence_length > model.max_position_embeddings:
+        # a default must not be what refuses a small model
+        fixed = dataclasses.replace(fixed, data=dataclasses.replace(fixed.data, sequence_length=model.max_position_embeddings))
     for name, section in zip(SECTIONS, read_sections(config.model.init_from) or (), strict=False):
         section = _placed(section, getattr(config, name), (name,))
         contradiction(merged.get(name, {}), getattr(config, name), section, (name,),

@@ -250,7 +250,7 @@ class DataConfig:
     workers: int = 2
     """Processes that tokenise."""
     sequence_length: int = 512
-    """Tokens per training sample."""
+    """Tokens per training sample; the default is the positions of model.init_from where it has fewer."""
     train_on_prompts: bool = False
     """format sft: the training loss is on the prompts too; the held-out loss stays on the responses."""
     pad_documents_to_chunks: bool = False

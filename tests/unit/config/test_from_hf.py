@@ -104,6 +104,17 @@ def test_a_contradiction_is_refused_by_name(override: str, parts: tuple[str, ...
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+def test_a_small_models_positions_bound_the_default_length_of_samples(tmp_path: Path) -> None:
+    """What generates text gives no length; what does is held to it."""
+    save(CASES["qwen2"], tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": 96}))
+    assert load_config((), [f"model.init_from={tmp_path}"]).data.sequence_length == 96
+    assert load_config((), [f"model.init_from={tmp_path}", "data.sequence_length=64"]).data.sequence_length == 64
+    with pytest.raises(ConfigError, match=r"data.sequence_length is 512"):
+        load_config((), [f"model.init_from={tmp_path}", "data.sequence_length=512"])
+
+
 def test_agreeing_and_own_keys_stay(tmp_path: Path) -> None:
     save(CASES["qwen2"], tmp_path)
     model = load_config((), [f"model.init_from={tmp_path}", "model.num_layers=3", "model.rope.theta=1e6",
