@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{rows: {"rows": rows} for rows in ROWS},
     "ragged slots": {"rows": "one document", "missing": 60},
     "one query head per KV head": {"rows": "one document", "heads": (2, 2), "missing": 63},
+    "two query heads per KV head": {"rows": "ragged", "heads": (4, 2)},
     "four query heads per KV head": {"rows": "packed", "heads": (4, 1)},
     "seven query heads per KV head": {"rows": "ragged", "heads": (7, 1)},
     "128 channels": {"rows": "one document", "channels": 128},
