@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -86,6 +85,8 @@ class Core:
     """Multiplications and additions of the forward's products per such pair, over all heads."""
     lacks: Callable[[Setting], str] = nothing
     """Why it cannot run here; "": it can."""
+    compiled: bool = False
+    """For the shapes that it meets first."""
 
 
 def projected(setting: Setting, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,16 +96,11 @@ def projected(setting: Setting, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def dense(setting: Setting, length: int, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> Work:
-    """Dense causal attention, as the variants' dense core runs it, under a context that may pin its kernel."""
+def dense(setting: Setting, length: int) -> Work:
+    """Dense causal attention, as the variants' dense core runs it."""
     documents = Documents.unpacked(1, length)
     q, k, v = projected(setting, length)
-
-    def forward() -> Tensor:
-        with context():
-            return causal_attention(q, k, v, documents, setting.head_dim**-0.5)
-
-    return Work(forward, [q, k, v], q.shape)
+    return Work(lambda: causal_attention(q, k, v, documents, setting.head_dim**-0.5), [q, k, v], q.shape)
 
 
 def mla(setting: Setting, length: int) -> Work:
@@ -243,23 +239,40 @@ def no_nsa(setting: Setting) -> str:
     return no_cuda(setting)
 
 
-def pinned(backend: SDPBackend) -> Core:
-    return Core(partial(dense, context=partial(sdpa_kernel, backend)), causal_pairs, own_cost, no_cuda)
+def pinned(core: Core, backend: SDPBackend) -> Core:
+    """`core` by one of PyTorch's dense kernels."""
+
+    def make(setting: Setting, length: int) -> Work:
+        work = core.make(setting, length)
+
+        def forward() -> Tensor:
+            with sdpa_kernel(backend):
+                return work.forward()
+
+        return replace(work, forward=forward)
+
+    return replace(core, make=make, lacks=no_cuda)
 
 
-def alone(attend: Callable[..., Tensor], lacks: Callable[[Setting], str] = nothing) -> Core:
-    return Core(partial(listed, attend=attend), block_pairs, own_cost, lacks)
+def with_pinned(gqa: Core, mla: Core) -> dict[str, Core]:
+    """The dense ones by name: as PyTorch chooses, which may not be its fastest kernel, and pinned."""
+    cudnn = SDPBackend.CUDNN_ATTENTION
+    return {
+        "gqa": gqa, "cudnn": pinned(gqa, cudnn), "flash": pinned(gqa, SDPBackend.FLASH_ATTENTION),
+        "mla": mla, "mla-cudnn": pinned(mla, cudnn),
+    }  # fmt: skip
+
+
+def alone(attend: Callable[..., Tensor], lacks: Callable[[Setting], str] = nothing, compiled: bool = False) -> Core:
+    return Core(partial(listed, attend=attend), block_pairs, own_cost, lacks, compiled)
 
 
 CORES = {
-    "gqa": Core(dense, causal_pairs, own_cost),
-    "cudnn": pinned(SDPBackend.CUDNN_ATTENTION),
-    "flash": pinned(SDPBackend.FLASH_ATTENTION),
-    "mla": Core(mla, causal_pairs, mla_cost),
+    **with_pinned(Core(dense, causal_pairs, own_cost), Core(mla, causal_pairs, mla_cost)),
     "blockmka": Core(blockmka, block_pairs, own_cost),
     "mma": alone(partial(by_kernel, "mma"), no_kernel),
     "wgmma": alone(partial(by_kernel, "wgmma"), partial(no_kernel, hopper=True)),
-    "flex": alone(partial(block_attention, backend="flex"), no_cuda),
+    "flex": alone(partial(block_attention, backend="flex"), no_cuda, compiled=True),
     "reference": alone(partial(block_attention, backend="reference")),
-    "nsa": Core(nsa, nsa_pairs, own_cost, no_nsa),
+    "nsa": Core(nsa, nsa_pairs, own_cost, no_nsa, compiled=True),
 }

@@ -11,7 +11,7 @@ import torch
 
 from tools.attention_cores import Setting
 
-PEERS = ("gqa", "cudnn", "flash", "mla", "flex", "nsa")
+PEERS = ("gqa", "cudnn", "flash", "mla", "mla-cudnn", "flex", "nsa")
 """What the others are compared with, where it was measured before them."""
 
 
@@ -38,8 +38,11 @@ def relate(points: list[dict[str, Any]]) -> None:
         if earlier:
             doublings = math.log2(point["length"] / earlier[-1]["length"])
             point[f"{kind}_per_doubling"] = (value(point) / value(earlier[-1])) ** (1 / doublings)
-    alike = {p["variant"].partition("@")[0]: p for p in measured if p["length"] == point["length"] and p["variant"].partition("@")[2] == heads}
-    point["times_faster"] = {peer: seconds(alike[peer]) / seconds(point) for peer in PEERS if peer in alike and peer != name}
+    here = [(p["variant"].partition("@"), p) for p in measured if p["length"] == point["length"]]
+    alike = {other: p for (other, _, with_heads), p in here if with_heads == heads}
+    point["times_faster"] = {
+        peer: seconds(alike[peer]) / seconds(point) for peer in PEERS if peer in alike and peer != name
+    }
 
 
 def head(setting: Setting, threads: int) -> str:

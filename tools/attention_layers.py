@@ -34,6 +34,7 @@ from tools.attention_cores import (
     causal_pairs,
     mla_cost,
     own_cost,
+    with_pinned,
 )
 
 ROPE_CHANNELS = 64
@@ -164,8 +165,9 @@ def tables(setting: Setting, length: int, channels: int) -> tuple[Tensor, Tensor
 
 
 LAYERS = {
-    "gqa": Core(partial(grouped, variant="gqa"), causal_pairs, own_cost),
-    "mla": Core(latent, causal_pairs, mla_cost),
+    **with_pinned(
+        Core(partial(grouped, variant="gqa"), causal_pairs, own_cost), Core(latent, causal_pairs, mla_cost)
+    ),
     "blockmka": Core(partial(grouped, variant="blockmka"), block_pairs, own_cost),
     "fastmka": Core(partial(grouped, variant="fastmka"), block_pairs, own_cost),
 }

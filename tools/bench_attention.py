@@ -3,15 +3,16 @@
     python tools/bench_attention.py --device cpu --variants gqa,blockmka --seq 4096,8192,16384,32768 --json out.json
     python tools/bench_attention.py --forward-only --variants blockmka --seq 16384,32768,65536,131072,262144
     python tools/bench_attention.py --device cuda --dtype bfloat16 --heads 28 --kv-heads 4 --head-dim 128 --window 2048 \\
-        --recalled 16 --variants cudnn,flash,mla,wgmma,mma,flex,blockmka,nsa@64/4,wgmma@64/4 --seq 4096,16384,65536,131072,262144
-    python tools/bench_attention.py --layer --device cuda --dtype bfloat16 --heads 28 --kv-heads 4 --head-dim 128 ...
+        --recalled 16 --seq 4096,16384,65536,131072,262144 --json cores.json --plot cores.png \\
+        --variants cudnn,flash,mla,mla-cudnn,flex,mma,wgmma,blockmka,nsa@64/4,wgmma@64/4
+    python tools/bench_attention.py --layer --variants gqa,cudnn,mla,mla-cudnn,fastmka --device cuda ...
 
 Cores start from rotated q, k and v. `gqa` is dense causal SDPA, S²/2 scores per head; `cudnn` and `flash` are the same with
-PyTorch's kernel pinned; `mla` the same over DeepSeek-V3's heads for this hidden size (queries and keys of 192 channels, values
-of 128). `blockmka` is the whole block core by --backend, chunk summaries and the hashed selection of recalled chunks
+PyTorch's kernel pinned; `mla` (and `mla-cudnn`) the same over DeepSeek-V3's heads for this hidden size (queries and keys of
+192 channels, values of 128). `blockmka` is the whole block core by --backend, chunk summaries and the hashed selection of recalled chunks
 included: S (window + recalled * chunk) + S²/2C scores. `mma`, `wgmma` (our kernels), `flex` and `reference` are its attention
 alone, over the same lists. `nsa` is flash-linear-attention's, over as many selected tokens. A variant may have heads of its
-own: `nsa@64/4`. With --layer, `gqa`, `mla`, `blockmka` and `fastmka` (fusion over the block core) are whole layers, from the
+own: `nsa@64/4`. With --layer the dense ones, `blockmka` and `fastmka` (fusion over the block core) are whole layers, from the
 input of the QKV projection to the output of the output projection, with RoPE and gates.
 
 Every point runs in a process of its own; times are medians; memory is what the peak lies above the process with its inputs,
@@ -85,8 +86,11 @@ def parse() -> tuple[Setting, list[str], list[int], argparse.Namespace]:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--layer", action="store_true", help="whole layers instead of cores")
-    parser.add_argument("--variants", default="gqa,blockmka",
-                        help=f"cores: {', '.join(CORES)}; layers: {', '.join(LAYERS)}; each also as NAME@HEADS/KV-HEADS")  # fmt: skip
+    parser.add_argument(
+        "--variants",
+        default="gqa,blockmka",
+        help=f"cores: {', '.join(CORES)}; layers: {', '.join(LAYERS)}; with own heads: NAME@HEADS/KV-HEADS",
+    )
     parser.add_argument("--seq", default="4096,8192,16384,32768", help="lengths, rising")
     parser.add_argument("--forward-only", action="store_true", help="without the backward")
     parser.add_argument("--heads", type=int, default=4)
@@ -189,7 +193,8 @@ def measure(variant: str, length: int, setting: Setting) -> dict[str, Any]:
     point: dict[str, Any] = {"variant": variant, "length": length}
     if lacks := core.lacks(own):
         return point | {"missing": lacks}
-    step(core, WARM_LENGTH, own)()
+    if not core.compiled:
+        step(core, WARM_LENGTH, own)()
     run = step(core, length, own)
     before = resident(setting)
     times = [run() for _ in range(1 + setting.repeats)][1:]

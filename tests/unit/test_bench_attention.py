@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from tests.helpers import block_oracle
 from tests.helpers.block_oracle import Pages, Table
 from tests.helpers.launch import ROOT
 from tools import attention_cores, attention_figures, bench_attention
-from tools.attention_cores import CORES, Setting
+from tools.attention_cores import CORES, Setting, Work
 from tools.attention_figures import relate
 from tools.attention_layers import LAYERS
 
@@ -66,7 +67,7 @@ def test_equal_work_of_every_implementation() -> None:
     torch.testing.assert_close(whole.forward(), alone.forward(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("known", "name"), [(CORES, name) for name in ("gqa", "mla", "blockmka", "reference")] + [(LAYERS, name) for name in LAYERS])
+@pytest.mark.parametrize(("known", "name"), [(CORES, name) for name in ("gqa", "mla", "blockmka", "reference")] + [(LAYERS, name) for name in ("gqa", "mla", "blockmka", "fastmka")])
 @pytest.mark.parametrize("recalled", [0, 2])
 def test_every_leaf_has_a_gradient(known: dict[str, Any], name: str, recalled: int) -> None:
     """Output of the shape that is said, and gradients that reach what the step updates; later tokens change nothing."""
@@ -81,6 +82,19 @@ def test_every_leaf_has_a_gradient(known: dict[str, Any], name: str, recalled: i
     assert not bool(changed[:150].any()) and bool(changed[150:].all())
 
 
+def test_pinned_runs_by_that_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, whose dense kernels are math and flash: the pin is in place while the core attends, and not after."""
+    used = []
+
+    def attend(*_: Any) -> Work:
+        return Work(lambda: used.append(torch.backends.cuda.math_sdp_enabled()), [], ())
+
+    core = attention_cores.pinned(replace(CORES["gqa"], make=attend), SDPBackend.FLASH_ATTENTION)
+    core.make(small(), 64).forward()
+    assert used == [False] and torch.backends.cuda.math_sdp_enabled()
+    assert core.lacks(small()) == "it needs a GPU" and set(attention_cores.with_pinned(core, core)) < set(LAYERS)
+
+
 def test_heads_of_its_own() -> None:
     core, setting = bench_attention.contender("nsa@64/4", small())
     assert core is CORES["nsa"] and (setting.heads, setting.kv_heads) == (64, 4)
@@ -88,7 +102,7 @@ def test_heads_of_its_own() -> None:
 
 
 def test_what_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cudnn", "flash", "flex", "mma", "wgmma", "nsa"):
+    for name in ("cudnn", "flash", "mla-cudnn", "flex", "mma", "wgmma", "nsa"):
         point = bench_attention.measure(name, 64, small())
         assert set(point) == {"variant", "length", "missing"}, name
         assert attention_figures.line(point).startswith(f"{name:14}{64:>8}  not measured: ")
@@ -173,7 +187,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatc
         (["--variants", "gqa,fast"], "--variants has 'fast'"),
         (["--variants", "gqa,nsa@64/5"], "--variants has 'nsa@64/5'"),
         (["--variants", "gqa,nsa@64"], "--variants has 'nsa@64'"),
-        (["--layer", "--variants", "gqa,flash"], "--variants has 'flash': choose of gqa, mla"),
+        (["--layer", "--variants", "gqa,flex"], "--variants has 'flex': choose of gqa, cudnn"),
         (["--seq", "4k"], "--seq is '4k'"),
         (["--window", "100"], "--window is 100"),
         (["--backend", "flex"], "has no backward on cpu"),
