@@ -115,12 +115,12 @@ MKA_HD void prepare(M& machine, const Layout<D>& shared) {
 }
 
 // The warp that plans, ahead of the one that fetches.
-template <int D, typename M>
+template <typename Shared, typename M>
 struct Planner {
   M& machine;
   const MkaBlockAttentionArgs& a;
   const Plan& p;
-  Layout<D> shared;
+  Shared shared;
   int batches = 0;
 
   // As query_tile has it, in 32 bits: the number of tasks fits.

@@ -38,19 +38,19 @@ MKA_HD int query_row(int thread, int r) { return thread / 32 * 16 + thread % 32 
 
 // Hides what is not seen of a tile; `first` is the group's first query among the task's 128.
 #pragma nv_exec_check_disable
-template <int D, int THREADS, typename M>
-MKA_HD void hide(M& machine, Attending<D, THREADS>& x, const Tile& tile, int first) {
+template <int THREADS, typename M>
+MKA_HD void hide(M& machine, float (&scores)[64][THREADS], const Tile& tile, int first) {
 MKA_UNROLL
   for (int l = 0; l < THREADS; ++l) {
     const int thread = machine.thread(l), column = c_column(thread % 32, 0);
     if (tile.kind & PARTIAL)
 MKA_UNROLL
       for (int i = 0; i < 64; ++i)
-        if (!(tile.seen[i / 16] >> column >> (i / 4 % 4 * 8 + i % 2) & 1)) x.scores[i][l] = -INFINITY;
+        if (!(tile.seen[i / 16] >> column >> (i / 4 % 4 * 8 + i % 2) & 1)) scores[i][l] = -INFINITY;
     if (tile.kind & DIAGONAL)
 MKA_UNROLL
       for (int i = 0; i < 64; ++i)
-        if (i / 4 * 8 + column + i % 2 > first + query_row(thread, i / 2 % 2)) x.scores[i][l] = -INFINITY;
+        if (i / 4 * 8 + column + i % 2 > first + query_row(thread, i / 2 % 2)) scores[i][l] = -INFINITY;
   }
 }
 
@@ -94,6 +94,48 @@ MKA_UNROLL
 MKA_UNROLL
     for (int l = 0; l < THREADS; ++l)
       x.weights[i / 4][i % 4][l] = pack<T>(x.scores[2 * i][l], x.scores[2 * i + 1][l]);
+}
+
+// A row's results, times their thread's factor, to `to` [B, S, H, d]: 16 bytes by each of the row's four threads. A
+// factor of 0 makes 0 of anything.
+#pragma nv_exec_check_disable
+template <typename T, int D, typename M>
+MKA_HD void store_row(M& machine, T* to, const MkaBlockAttentionArgs& a, const Task& at, int index, int r,
+                      const float (&x)[D / 2][M::THREADS], const float (&factor)[M::THREADS]) {
+  constexpr int THREADS = M::THREADS;
+MKA_UNROLL
+  for (int c = 0; c < D / 32; ++c) {
+    // of four times eight channels: a thread has two of each, and gets all of one
+    uint32_t words[4][THREADS];
+MKA_UNROLL
+    for (int i = 0; i < 4; ++i)
+MKA_UNROLL
+      for (int l = 0; l < THREADS; ++l) {
+        const int e = 16 * c + 4 * i + 2 * r;
+        words[i][l] = factor[l] == 0.f ? 0u : pack<T>(x[e][l] * factor[l], x[e + 1][l] * factor[l]);
+      }
+MKA_UNROLL
+    for (int bit = 1; bit < 4; bit *= 2)
+MKA_UNROLL
+      for (int i = 0; i < 4; ++i)
+        if (!(i & bit)) {
+          uint32_t other[THREADS];
+MKA_UNROLL
+          for (int l = 0; l < THREADS; ++l) other[l] = machine.thread(l) & bit ? words[i][l] : words[i | bit][l];
+          machine.exchange(other, bit);
+MKA_UNROLL
+          for (int l = 0; l < THREADS; ++l) (machine.thread(l) & bit ? words[i][l] : words[i | bit][l]) = other[l];
+        }
+MKA_UNROLL
+    for (int l = 0; l < THREADS; ++l) {
+      const int thread = machine.thread(l);
+      const int64_t slot = int64_t{at.chunk} * TILE_ROWS + 64 * index + query_row(thread, r);
+      if (slot < a.slots)
+        store_vec(reinterpret_cast<uint32_t*>(to + ((at.row * a.slots + slot) * a.heads + at.head) * D + 32 * c +
+                                              8 * (thread % 4)),
+                  Vec<uint32_t, 4>{{words[0][l], words[1][l], words[2][l], words[3][l]}});
+    }
+  }
 }
 
 template <typename T, int D, typename M>
@@ -150,7 +192,7 @@ MKA_UNROLL
       for (int l = 0; l < THREADS; ++l) x.out[i][l] = 0.f;
   }
 
-  // Outputs and logarithms of sums, 16 bytes of a row by each of its four threads.
+  // Outputs and logarithms of sums.
 #pragma nv_exec_check_disable
   MKA_HD void end(const Task& at) {
 MKA_UNROLL
@@ -167,39 +209,7 @@ MKA_UNROLL
           a.lse[(at.row * a.heads + at.head) * a.slots + slot] =
               something ? (x.largest[r][l] + log2f(x.sum[r][l])) * LN2 : INFINITY;
       }
-MKA_UNROLL
-      for (int c = 0; c < D / 32; ++c) {
-        // of four times eight channels: a thread has two of each, and gets all of one
-        uint32_t words[4][THREADS];
-MKA_UNROLL
-        for (int i = 0; i < 4; ++i)
-MKA_UNROLL
-          for (int l = 0; l < THREADS; ++l) {
-            const int e = 16 * c + 4 * i + 2 * r;
-            words[i][l] = factor[l] == 0.f ? 0u : pack<T>(x.out[e][l] * factor[l], x.out[e + 1][l] * factor[l]);
-          }
-MKA_UNROLL
-        for (int bit = 1; bit < 4; bit *= 2)
-MKA_UNROLL
-          for (int i = 0; i < 4; ++i)
-            if (!(i & bit)) {
-              uint32_t other[THREADS];
-MKA_UNROLL
-              for (int l = 0; l < THREADS; ++l) other[l] = machine.thread(l) & bit ? words[i][l] : words[i | bit][l];
-              machine.exchange(other, bit);
-MKA_UNROLL
-              for (int l = 0; l < THREADS; ++l) (machine.thread(l) & bit ? words[i][l] : words[i | bit][l]) = other[l];
-            }
-MKA_UNROLL
-        for (int l = 0; l < THREADS; ++l) {
-          const int thread = machine.thread(l);
-          const int64_t slot = int64_t{at.chunk} * TILE_ROWS + 64 * index + query_row(thread, r);
-          if (slot >= a.slots) continue;
-          T* const to = static_cast<T*>(a.out) + ((at.row * a.slots + slot) * a.heads + at.head) * D;
-          store_vec(reinterpret_cast<uint32_t*>(to + 32 * c + 8 * (thread % 4)),
-                    Vec<uint32_t, 4>{{words[0][l], words[1][l], words[2][l], words[3][l]}});
-        }
-      }
+      store_row<T, D>(machine, static_cast<T*>(a.out), a, at, index, r, x.out, factor);
     }
   }
 
@@ -225,7 +235,7 @@ MKA_UNROLL
         machine.template wait_products<0>();
         machine.settle(x.scores);
         machine.release(&rest.k_empty[turn.stage]);
-        if (tile.kind) hide<D, THREADS>(machine, x, tile, 64 * index);
+        if (tile.kind) hide<THREADS>(machine, x.scores, tile, 64 * index);
         weigh<D, THREADS>(x, scale, tile.level);
         round_weights<T, D, THREADS>(x);
         while (true) {
@@ -246,7 +256,7 @@ MKA_UNROLL
           machine.template wait_products<1>();
           machine.settle(x.scores);
           machine.release(&rest.k_empty[turn.stage]);
-          if (tile.kind) hide<D, THREADS>(machine, x, tile, 64 * index);
+          if (tile.kind) hide<THREADS>(machine, x.scores, tile, 64 * index);
           weigh<D, THREADS>(x, scale, tile.level);
           machine.template wait_products<0>();
           machine.settle(x.out);

@@ -8,10 +8,12 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <functional>
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "mka/hopper.cuh"
@@ -275,6 +277,24 @@ struct Model {
     }
   }
 };
+
+// The roles of a block, side by side; throws what one of them throws.
+inline void run_roles(Board& board, const std::vector<std::function<void(Model&)>>& roles) {
+  std::vector<std::exception_ptr> errors(roles.size());
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < roles.size(); ++i)
+    threads.emplace_back([&, i] {
+      try {
+        Model machine(board);
+        roles[i](machine);
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  for (const auto& error : errors)
+    if (error) std::rethrow_exception(error);
+}
 
 }  // namespace hopper
 }  // namespace mka

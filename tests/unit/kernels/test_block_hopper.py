@@ -1,4 +1,4 @@
-"""The Hopper forward of block_attention on the CPU: its warps' roles run side by side over a model of the hardware.
+"""block_attention's kernels for Hopper on the CPU: its warps' roles run side by side over a model of the hardware.
 
 The model reads descriptors, swizzled tiles and barriers as the PTX manual has them, and runs everything twice: with
 copies and products as early and as late as the program alcases, which must give the same bits.
@@ -66,27 +66,32 @@ def make(name: str) -> Case:
     given: dict[str, Any] = {"channels": 128, "dtype": torch.bfloat16, **CASES[name]}
     dtype = given.pop("dtype")
     case = make_case(FULL, **given).to(dtype)
-    return case if case.bias is None else dataclasses.replace(case, bias=case.bias.detach().to(dtype).float())
+    if case.bias is None:
+        return case
+    return dataclasses.replace(case, bias=case.bias.detach().to(dtype).float().requires_grad_())
 
 
-def oracle(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    bias = None if case.bias is None else case.bias.to(dtype)
-    case = dataclasses.replace(case.to(dtype), bias=bias)
-    with torch.no_grad():
-        return block_oracle.attend(*case.arguments, case.table, case.window, case.q.shape[-1] ** -0.5)
+def plain(case: Case, dtype: torch.dtype) -> Case:
+    """All of it in `dtype`, as new leaves."""
+    bias = None if case.bias is None else case.bias.detach().to(dtype).requires_grad_()
+    return dataclasses.replace(case.to(dtype), bias=bias)
 
 
-def attend(case: Case) -> tuple[Tensor, Tensor]:
+def oracle(case: Case) -> tuple[Tensor, Tensor]:
+    scale = case.q.shape[-1] ** -0.5
+    return block_oracle.attend(*case.arguments, table=case.table, window=case.window, scale=scale)
+
+
+def attend(case: Case, kernel: str = "wgmma") -> tuple[Tensor, Tensor]:
     """Outputs and logarithms of sums."""
     scale = case.q.shape[-1] ** -0.5
-    layout = Layout.of(*case.arguments, case.table, case.window, scale)
+    layout = Layout.of(*case.arguments, chunks=case.table, window=case.window, scale=scale)
     summaries = case.summaries or (None, None)
     pages = case.pages
     recalled = (None,) * 4 if pages is None else (pages.k, pages.v, pages.lengths, pages.index)
     tensors = (case.q, case.k, case.v, *summaries, *recalled, case.bias, case.table.lengths, case.table.documents)
-    sizes = layout.size, layout.first, layout.window, scale, cuda.KERNELS["wgmma"]
-    with torch.no_grad():
-        return cuda._forward(*(x if x is None else x.detach() for x in tensors), *sizes)
+    sizes = layout.size, layout.first, layout.window, scale, cuda.KERNELS[kernel]
+    return cuda._forward(*tensors, *sizes)
 
 
 def tokens(case: Case) -> Tensor:
@@ -98,22 +103,43 @@ def tokens(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_accurate_as_pytorch(name: str) -> None:
+    """Outputs, logarithms of sums, every gradient."""
     case = make(name)
-    out, lse = attend(case)
-    exact, sums = oracle(case, torch.float64)
-    numerics.assert_as_accurate(out, oracle(case, case.q.dtype)[0], exact)
+    peer, exact = plain(case, case.q.dtype), plain(case, torch.float64)
+    (out, lse), (peer_out, _), (exact_out, sums) = attend(case), oracle(peer), oracle(exact)
+    numerics.assert_as_accurate(out, peer_out, exact_out)
     assert not bool(out[~tokens(case)].any()), "padding is 0"
     nothing = sums == math.inf
     assert bool((lse[nothing] == math.inf).all())
     numerics.assert_same(lse[~nothing], sums[~nothing], 4 * FULL)
+    direction = some_direction(case)
+    grads = (gradients(x, y, direction) for x, y in ((case, out), (peer, peer_out), (exact, exact_out)))
+    for one, other, right in zip(*grads, strict=True):
+        numerics.assert_as_accurate(one, other.to(one.dtype), right)
+
+
+def some_direction(case: Case) -> Tensor:
+    return torch.randn(case.q.shape, generator=torch.Generator().manual_seed(1)).to(case.q.dtype)
+
+
+def gradients(case: Case, out: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
+    grads = torch.autograd.grad(out, case.tensors, direction.to(out.dtype), allow_unused=True, materialize_grads=True)
+    return tuple(grads)
 
 
 @pytest.mark.parametrize("name", ["ragged", "documents", "summaries"])
 def test_padding_may_hold_anything(name: str) -> None:
     case = make(name)
-    out, sums = attend(case)
-    numerics.assert_bitwise(attend(spoilt(case))[0], out)
-    numerics.assert_bitwise(attend(spoilt(case))[1], sums)
+    other = spoilt(case)
+    found, expected = attend(other), attend(case)
+    for one, right in zip(found, expected, strict=True):
+        numerics.assert_bitwise(one, right)
+    direction = some_direction(case)
+    strange = direction.masked_fill(~tokens(case)[..., None, None], math.nan)
+    for one, right in zip(
+        gradients(other, found[0], strange), gradients(case, expected[0], direction), strict=True
+    ):
+        numerics.assert_bitwise(one, right)
 
 
 def spoilt(case: Case) -> Case:
@@ -123,7 +149,7 @@ def spoilt(case: Case) -> Case:
     padding = slots % FULL >= table.lengths[:, table.first - halo + slots // FULL]
 
     def without(x: Tensor, where: Tensor) -> Tensor:
-        return x.detach().masked_fill(where[..., None, None], math.nan)
+        return x.detach().masked_fill(where[..., None, None], math.nan).requires_grad_()
 
     summaries, pages = case.summaries, case.pages
     if summaries is not None:
@@ -131,7 +157,9 @@ def spoilt(case: Case) -> Case:
         summaries = (without(summaries[0], empty), without(summaries[1], empty))
     if pages is not None and pages.k.numel():
         beyond = torch.arange(FULL) >= pages.lengths[..., None]
-        k, v = (x.detach().masked_fill(beyond[..., None], math.nan) for x in (pages.k, pages.v))
+        k, v = (
+            x.detach().masked_fill(beyond[..., None], math.nan).requires_grad_() for x in (pages.k, pages.v)
+        )
         pages = dataclasses.replace(pages, k=k, v=v)
     return dataclasses.replace(
         case,
