@@ -151,7 +151,7 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
         inputs = Inputs.draw(clock.device, slots)
         # what a pair costs: a product of d channels is d multiplications and additions
         dense_pairs, cost = inputs.q.shape[2] * slots * (slots + 1) // 2, 2 * inputs.q.shape[3]
-        dense = {name: _both(clock, *call) for name, call in _dense(inputs).items()}
+        pairs, dense = inputs.pairs, _dense(clock, inputs)
         peers = dict(dense)
         if clock.device.type == "cuda" and slots == GOALS_AT:
             peers["flex"] = _passes(clock, inputs, partial(block_attention, backend="flex"))
@@ -160,7 +160,7 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
             times = _passes(clock, inputs, attend)
             fastest = min(fastest, times["forward"])
             for phase, ms in times.items():
-                flops = PRODUCTS[phase] * cost * inputs.pairs
+                flops = PRODUCTS[phase] * cost * pairs
                 rate = None
                 if "cuDNN" in dense:
                     rate = PRODUCTS[phase] * cost * dense_pairs / dense["cuDNN"][phase]
@@ -207,20 +207,19 @@ def _both(clock: Clock, forward: Callable[[], Tensor], backward: Callable[[Tenso
     return {"forward": first, "backward": clock.ms(lambda: backward(out))}
 
 
-def _dense(inputs: Inputs) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], object]]]:
-    """Both passes of dense causal attention by each of PyTorch's kernels that runs it."""
-    if inputs.q.device.type != "cuda":
-        return {"SDPA": _sdpa(inputs, nullcontext, grouped=True)}
+def _dense(clock: Clock, inputs: Inputs) -> dict[str, dict[str, float]]:
+    """ms of both passes of dense causal attention by each of PyTorch's kernels that runs it; of long rows by the fastest."""
+    if clock.device.type != "cuda":
+        return {"SDPA": _both(clock, *_sdpa(inputs, nullcontext, grouped=True))}
     found = {}
     for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        if "cuDNN" in found and inputs.q.shape[1] > GOALS_AT:
+            break
         for grouped in (True, False):
-            passes = _sdpa(inputs, partial(sdpa_kernel, backend), grouped)
             try:
-                with torch.no_grad():
-                    passes[0]()
+                found[name] = _both(clock, *_sdpa(inputs, partial(sdpa_kernel, backend), grouped))
             except RuntimeError:
                 continue
-            found[name] = passes
             break
     return found
 
