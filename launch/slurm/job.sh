@@ -14,17 +14,26 @@ node_address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^
 # run_on_nodes SCRIPT ARGUMENTS...: a script of launch/ on every node of the job. On USR1, Slurm's warning that the time
 # is almost up (--signal=B:USR1@seconds), the ranks save and stop, and the job is queued again.
 run_on_nodes() {
-    local head warned="" code=0 step
+    local head warned="" ending="" code=0 step
     head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
     export NNODES="$SLURM_JOB_NUM_NODES" MASTER_ADDR MASTER_PORT JOB_ID
     MASTER_ADDR="$(node_address "$head")"
     MASTER_PORT="${MASTER_PORT:-$((29400 + SLURM_JOB_ID % 1000))}"  # jobs that share a node differ
     JOB_ID="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
     trap 'warned=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-    trap : TERM  # a requeue or a preemption tells the ranks too: wait until they have saved
+    trap 'ending=1' TERM  # a requeue or a preemption tells the ranks too: wait until they have saved
     srun --kill-on-bad-exit=1 bash "$ROOT/launch/slurm/node.sh" "$@" &
     step=$!
-    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
+    while kill -0 "$step" 2>/dev/null; do
+        if [ -z "$ending" ]; then
+            wait "$step" || true
+        elif pgrep -f "$ROOT/launch/$1" >/dev/null; then
+            sleep 1
+        else
+            # nothing is left here: srun waits for a node that is gone, and would end the step of the job's next start
+            kill -KILL "$step" 2>/dev/null || true
+        fi
+    done
     wait "$step" || code=$?
     if [ -n "$warned" ]; then
         say "The time was almost up: the job is queued again."

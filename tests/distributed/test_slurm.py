@@ -49,16 +49,20 @@ class Job:
         """Until the job's start after `restarts` requeues has done `step` steps."""
         self.cluster.wait(
             f"step {step} was not reached",
-            lambda: self.cluster.restarts(self.id) == restarts
-            and self.cluster.state(self.id) == "RUNNING"
-            and self.text().count("training tokens") > restarts
-            and self.steps() >= step,
+            lambda: (
+                self.cluster.restarts(self.id) == restarts
+                and self.cluster.state(self.id) == "RUNNING"
+                and self.text().count("training tokens") > restarts
+                and self.steps() >= step
+            ),
             150,
         )
 
     def finish(self) -> None:
-        self.cluster.wait("the job did not end", lambda: self.cluster.state(self.id) in ("COMPLETED", "FAILED"), 150)
-        assert self.cluster.state(self.id) == "COMPLETED", self.text()[-6000:]
+        self.cluster.wait(
+            "the job did not end", lambda: self.cluster.state(self.id) in ("COMPLETED", "FAILED"), 150
+        )
+        assert self.cluster.state(self.id) == "COMPLETED", f"{self.text()[-6000:]}\n{self.cluster.logs()}"
 
     def steps(self) -> int:
         path = self.out / "losses.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 import subprocess
@@ -59,7 +60,10 @@ def missing() -> str:
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
             return "Slurm is not installed, and only root on Debian or Ubuntu could install it"
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]):
+        for command in (
+            ["apt-get", "update"],
+            ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES],
+        ):
             environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
             subprocess.run(command, **quiet, env=environment, timeout=300, check=False)  # type: ignore[call-overload]
     absent = [name for name in PROGRAMS if not shutil.which(name, path=search)]
@@ -80,29 +84,25 @@ class Cluster:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
         ports = {"controller": free_port(), **{node: free_port() for node in NODES}}
-        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, user=user, **ports))
+        conf = _CONF.format(folder=self.folder, user=getpass.getuser(), **ports)
+        (self.folder / "slurm.conf").write_text(conf)
         # without it slurmd ends where /sys/fs/cgroup is not mounted, used or not
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         self._start("controller", "slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        self.wait("the nodes are not idle", lambda: self._run("sinfo", "-h", "-o", "%T").split() == ["idle"], 60)
+        self.wait(
+            "the nodes are not idle", lambda: self._run("sinfo", "-h", "-o", "%T").split() == ["idle"], 60
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run("scancel", "--full", "--signal=KILL", "--user", self._run("id", "-un").strip())
-        for daemon in self._daemons.values():
-            for each in [*psutil.Process(daemon.pid).children(recursive=True), daemon] if daemon.poll() is None else []:
-                each.kill()
-            daemon.wait()
-        # steps have daemons of their own
+        # daemons, those of steps, and what these run
         for process in psutil.process_iter():
-            try:
-                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
-                    process.kill()
-            except psutil.Error:
-                continue
+            if _environment(process).get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                process.kill()
+        for daemon in self._daemons.values():
+            daemon.wait()
 
     def start_node(self, node: str) -> None:
         """Its slurmd."""
@@ -112,9 +112,15 @@ class Cluster:
         """As if its power were gone: slurmd, the job's step there and everything it started."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-        of_job = [process for process in psutil.process_iter() if _runs(process, node, job)]
+        of_job = []
+        for process in psutil.process_iter():
+            environment = _environment(process)
+            if (environment.get("SLURMD_NODENAME"), environment.get("SLURM_JOB_ID")) == (node, job):
+                of_job.append(process)
         # their daemon first: it would report how they ended
-        daemons = {parent for process in of_job if (parent := process.parent()) and parent.name() == "slurmstepd"}
+        daemons = {
+            parent for process in of_job if (parent := process.parent()) and parent.name() == "slurmstepd"
+        }
         for process in [*daemons, *of_job]:
             process.kill()
 
@@ -128,11 +134,11 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED ...; "" once it is forgotten."""
-        return dict(part.split("=", 1) for part in self._job(job) if "=" in part).get("JobState", "")
+        return self._job(job).get("JobState", "")
 
     def restarts(self, job: str) -> int:
         """How often it was requeued."""
-        return int(dict(part.split("=", 1) for part in self._job(job) if "=" in part)["Restarts"])
+        return int(self._job(job)["Restarts"])
 
     def signal(self, job: str, name: str) -> None:
         """To the batch script, as Slurm does with --signal=B:NAME."""
@@ -143,11 +149,12 @@ class Cluster:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{otherwise}:\n{self._logs()}")
+                raise AssertionError(f"{otherwise}:\n{self.logs()}")
             time.sleep(0.1)
 
-    def _job(self, job: str) -> list[str]:
-        return self._run("scontrol", "--oneliner", "show", "job", job).split()
+    def _job(self, job: str) -> dict[str, str]:
+        told = self.scontrol("--oneliner", "show", "job", job)
+        return dict(part.split("=", 1) for part in told.split() if "=" in part)
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
@@ -157,19 +164,24 @@ class Cluster:
 
     def _run(self, *command: str, environment: dict[str, str] | None = None) -> str:
         done = subprocess.run(
-            command, env=self.environment | (environment or {}), cwd=ROOT, capture_output=True, text=True, timeout=60
+            command,
+            env=self.environment | (environment or {}),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
-        assert done.returncode == 0 or command[0] in ("scancel", "sinfo"), f"{command}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0 or command[0] == "sinfo", f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def _logs(self) -> str:
+    def logs(self) -> str:
+        """The ends of the daemons' logs."""
         return "\n".join(f"{at.name}:\n{at.read_text()[-2000:]}" for at in sorted(self.folder.glob("*.log")))
 
 
-def _runs(process: psutil.Process, node: str, job: str) -> bool:
-    """Whether it is part of the job on that node."""
+def _environment(process: psutil.Process) -> dict[str, str]:
+    """Nothing where it may not be read, or the process has gone."""
     try:
-        environment = process.environ()
+        return process.environ()
     except psutil.Error:
-        return False
-    return environment.get("SLURMD_NODENAME") == node and environment.get("SLURM_JOB_ID") == job
+        return {}
