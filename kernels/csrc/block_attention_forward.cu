@@ -15,6 +15,8 @@ namespace forward {
 constexpr int WARPS = QUERY_ROWS / WARP_ROWS;
 constexpr int THREADS = WARPS * 32;
 constexpr int BATCH = THREADS;  // tiles that are resolved at a time, one per thread
+template <int D>
+constexpr int BLOCKS = D == 64 ? 3 : 2;  // of a processor, as far as registers go
 
 // What a block does.
 struct Task {
@@ -45,30 +47,28 @@ struct Shared {
   static constexpr int bytes(int stages) { return sizeof(Shared) - (2 - stages) * sizeof(Stage); }
 };
 
-// Where a warp's rows stand.
+// Where a warp's rows stand in their chunk: from slot `slot` on.
 struct WarpRows {
-  int first;  // of the block's
-  int slot;   // of the first in its chunk
-  bool idle;  // all are padding
+  int slot;  // so far before the chunk that they see nothing where all are padding
 
-  MKA_HD WarpRows(const MkaBlockAttentionArgs& a, const Task& task, int warp) {
-    first = warp * WARP_ROWS;
+  MKA_HD WarpRows(const MkaBlockAttentionArgs& a, const Task& task, int first) {
     slot = first & (static_cast<int>(a.size) - 1);
-    idle = slot >= task.tokens || task.at.first + first >= a.heads / a.groups * a.size;
+    if (slot >= task.tokens || task.at.first + first >= a.heads / a.groups * a.size) slot = -KEY_ROWS - WARP_ROWS;
   }
-  MKA_HD bool misses(const Found& f) const { return idle || f.from > slot + WARP_ROWS - 1; }
+  MKA_HD bool misses(const Found& f) const { return f.from > slot + WARP_ROWS - 1; }
   MKA_HD bool partly(const Found& f) const { return ~f.seen || f.from + KEY_ROWS - 1 > slot; }
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     forward_kernel(const MkaBlockAttentionArgs a, const Plan p, const int stages) {
   extern __shared__ __align__(256) unsigned char dynamic[];
   Shared<T, D>& sh = *reinterpret_cast<Shared<T, D>*>(dynamic);
   const Task& task = sh.task;
   if (threadIdx.x == 0) sh.task = Task(a, p, blockIdx.x);
   __syncthreads();
-  const WarpRows mine(a, task, threadIdx.x / 32);
+  const auto first = [] { return opaque(threadIdx.x) / WARP_ROWS * WARP_ROWS; };
+  const WarpRows mine(a, task, first());
   const float scale = static_cast<float>(a.scale) * LOG2E;
   const auto copy_k = [&](const Found& f, int stage) {
     copy_keys<T, D, THREADS>(sh.stages[stage].k, f.k, f.k_stride, f.seen, threadIdx.x);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       commit();
       const bool misses = mine.misses(f);
       float s[2][KEY_ROWS / 8][1][4];
-      if (!misses) multiply<T, D, 1>(s, sh.q, sh.stages[stage].k, mine.first);
+      if (!misses) multiply<T, D, 1>(s, sh.q, sh.stages[stage].k, first());
       const int after = next_tile(sh.found, ahead + 1, count);
       if (stages == 1) {
         wait<0>();
@@ -118,14 +118,14 @@ __global__ void __launch_bounds__(THREADS, 2)
       }
       if (!misses) {
         if (mine.partly(f)) hide<1>(s, f.seen, f.from, mine.slot);
-        accumulate<T, D, 1>(state, s, sh.stages[stage].v, sh.bias + f.level * QUERY_ROWS + mine.first, scale);
+        accumulate<T, D, 1>(state, s, sh.stages[stage].v, sh.bias + f.level * QUERY_ROWS + first(), scale);
       }
       t = ahead, ahead = after, stage = later;
     }
   }
   wait<0>();
   __syncthreads();
-  keep<T, D, 1>(state, sh.q, a, task.at, task.tokens, mine.first);
+  keep<T, D, 1>(state, sh.q, a, task.at, task.tokens, first());
 }
 
 // forward_kernel, a block after the other, between barriers a warp after the other; blocks with one stage and with two
@@ -175,16 +175,16 @@ void run_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
           copy_v(sh.found[ahead], later);
         }
         for (int warp = 0; warp < WARPS; ++warp) {
-          const WarpRows mine(a, task, warp);
-          if (!mine.misses(f)) multiply<T, D, 32>(warps[warp].s, sh.q, sh.stages[stage].k, mine.first);
+          const WarpRows mine(a, task, warp * WARP_ROWS);
+          if (!mine.misses(f)) multiply<T, D, 32>(warps[warp].s, sh.q, sh.stages[stage].k, warp * WARP_ROWS);
         }
         if (stages == 1 && ahead < count) copy_k(sh.found[ahead], stage);
         for (int warp = 0; warp < WARPS; ++warp) {
-          const WarpRows mine(a, task, warp);
+          const WarpRows mine(a, task, warp * WARP_ROWS);
           if (mine.misses(f)) continue;
           if (mine.partly(f)) hide<32>(warps[warp].s, f.seen, f.from, mine.slot);
           accumulate<T, D, 32>(warps[warp].state, warps[warp].s, sh.stages[stage].v,
-                               sh.bias + f.level * QUERY_ROWS + mine.first, scale);
+                               sh.bias + f.level * QUERY_ROWS + warp * WARP_ROWS, scale);
         }
         t = ahead, stage = later;
       }

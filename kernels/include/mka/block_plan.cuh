@@ -251,7 +251,7 @@ struct KeyList {
   int64_t near;          // chunks of the window
   int64_t summary_tile;  // the first tile of summaries, by its place among those of the row,
   int64_t summary_tiles; // and how many there are
-  int64_t per_chunk;     // tiles of a chunk
+  int32_t per_chunk;     // tiles of a chunk
   int64_t tiles;
   const int64_t* recalled;  // [R]
 };
@@ -266,7 +266,7 @@ MKA_HD KeyList<TILE> key_list(
   if (empty(a, p, row, list.own)) return list;
   list.origin = origin(a, p, row, list.own);
   list.near = list.own + 1 - max64(list.origin, list.own - a.window + 1);
-  list.per_chunk = ceil_div(a.size, TILE);
+  list.per_chunk = static_cast<int32_t>(ceil_div(a.size, TILE));
   const int64_t outside = min64(list.own - a.window + 1, a.summaries);  // summaries before the window
   if (outside > list.origin) {
     list.summary_tile = list.origin / TILE;
@@ -290,8 +290,9 @@ template <int TILE>
 MKA_HD KeyTile key_tile(const MkaBlockAttentionArgs& a, const Plan& p, const KeyList<TILE>& list, int64_t t) {
   const int64_t window = list.near * list.per_chunk;
   if (t < window) {
-    const int64_t number = list.own - t / list.per_chunk;
-    return place_tile(a, p, list, WINDOW, number - a.first + halo(a), t % list.per_chunk * TILE);
+    const int32_t at = static_cast<int32_t>(t);  // divides in 32 bits
+    const int64_t number = list.own - at / list.per_chunk;
+    return place_tile(a, p, list, WINDOW, number - a.first + halo(a), at % list.per_chunk * TILE);
   }
   t -= window;
   if (t < list.summary_tiles) {
@@ -300,9 +301,10 @@ MKA_HD KeyTile key_tile(const MkaBlockAttentionArgs& a, const Plan& p, const Key
     return {SUMMARY, SUMMARIES, first, 0, count, first, false};
   }
   t -= list.summary_tiles;
-  const int64_t place = list.recalled[t / list.per_chunk];
+  const int32_t at = static_cast<int32_t>(t);
+  const int64_t place = list.recalled[at / list.per_chunk];
   if (place < 0 || place >= p.places) return {RECALLED, ROWS, 0, 0, 0, -1, false};
-  return place_tile(a, p, list, RECALLED, place, t % list.per_chunk * TILE);
+  return place_tile(a, p, list, RECALLED, place, at % list.per_chunk * TILE);
 }
 
 // ---- the queries of a target ----

@@ -31,7 +31,7 @@ struct PackedRow {
 };
 
 MKA_HD PackedRow packed_row(const MkaBlockAttentionArgs& a, const QueryTile& at, int64_t tokens, int row) {
-  const int bits = a.size == 64 ? 6 : 7, fan = static_cast<int>(a.heads / a.groups);
+  const int bits = a.size == 64 ? 6 : 7, fan = static_cast<int>(a.heads) / static_cast<int>(a.groups);
   const int packed = static_cast<int>(at.first) + row, head = packed >> bits, slot = packed & ((1 << bits) - 1);
   const int64_t number = at.chunk * a.size + slot;
   return {at.group * fan + head, number, head < fan && number < a.slots, head < fan && slot < tokens};
