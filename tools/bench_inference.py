@@ -177,6 +177,9 @@ def in_a_process(config: Config, cells: list[Cell], arguments: argparse.Namespac
     if not torch.cuda.is_available():
         context.set_forkserver_preload(["mka_megatron.inference.measure", "mka_megatron.model.build"])
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else a line for every profile
+    # Megatron, of what it does not find or need; by the environment, for the processes are forked after its import
+    known = ("Transformer Engine and Apex are not", "Apex is not installed", "full scope is deprecated")
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{message}" for message in known))
     left = list(cells)
     while left:
         receiver, sender = context.Pipe(duplex=False)

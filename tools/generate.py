@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,10 +32,9 @@ if TYPE_CHECKING:
 def main() -> int:
     arguments = parsed()
     rank = int(os.environ.get("RANK", 0))
-    for ours_to_ignore in (".*[Aa]pex.*", ".*Transformer Engine.*", "full scope is deprecated.*"):
-        warnings.filterwarnings(
-            "ignore", message=ours_to_ignore
-        )  # Megatron, of what it does not find or need
+    from mka_megatron.training.host import quiet
+
+    quiet()
     from mka_megatron.memory.tiers.pages import TierError
     from mka_megatron.training.manifest import CheckpointError
 

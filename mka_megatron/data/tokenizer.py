@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from mka_megatron.data.batch import DataError
@@ -41,7 +42,7 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_config(name))
         except Exception as error:  # transformers raises errors of many libraries here
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(
@@ -75,6 +76,17 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
         return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def _config(name: str) -> dict[str, Any]:
+    """What keeps transformers from a warning about our own model types, which a tokenizer has nothing to do with."""
+    from transformers import PreTrainedConfig
+
+    try:
+        kind = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"config": PreTrainedConfig()} if str(kind).startswith("mka_") else {}
 
 
 class SentencePieceTokenizer:

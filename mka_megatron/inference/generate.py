@@ -96,7 +96,7 @@ def generate(
     if longest + max_new_tokens - 1 > positions:
         raise ConfigError(
             f"model.max_position_embeddings is {positions}, too few for {longest} tokens and {max_new_tokens} new ones; "
-            "shorten the prompt or raise it."
+            "shorten the prompt, ask for fewer, or raise it."
         )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import sys
 import time
-import warnings
 
 import yaml
 
@@ -63,15 +62,13 @@ def parse(arguments: list[str]) -> Config:
 
 def run(config: Config, rank: int) -> int:
     """Train; returns the exit code."""
-    for ours_to_ignore in (".*[Aa]pex.*", ".*Transformer Engine.*", "full scope is deprecated.*"):
-        warnings.filterwarnings(
-            "ignore", message=ours_to_ignore
-        )  # Megatron, of what it does not find or need
+    from mka_megatron.training.host import quiet, use_cores
+
+    quiet()
     from mka_megatron.data.batch import DataError
     from mka_megatron.memory.tiers.pages import TierError
     from mka_megatron.training.checkpoint import CheckpointError
     from mka_megatron.training.engine import NonFiniteError
-    from mka_megatron.training.host import use_cores
     from mka_megatron.training.loop import train
     from mka_megatron.training.start import PeerFailedError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +14,16 @@ import torch
 _GIB = float(1 << 30)
 _PACKAGES = ("mka-megatron", "torch", "megatron-core", "deepspeed", "transformers", "numpy")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def quiet() -> None:
+    """Hide what Megatron and PyTorch warn of that nobody here can change; call it before Megatron is imported."""
+    for message in (
+        ".*[Aa]pex.*", ".*Transformer Engine.*", "full scope is deprecated.*", "When using async grad allreduce.*",
+        "`torch.distributed.all_gather_into_tensor` is deprecated.*",
+        "`torch.distributed.reduce_scatter_tensor` is deprecated.*",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
 
 
 def use_cores(local_world_size: int) -> int:

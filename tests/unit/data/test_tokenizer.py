@@ -85,3 +85,10 @@ def test_hugging_face_adds_nothing_and_counts_added_tokens(tmp_path: Path) -> No
     tokenizer = load_tokenizer(tokenizers.words(tmp_path / "w", ["zero", "one", "two"]))
     assert tokenizer.encode(["one two one", "two"]) == [[1, 2, 1], [2]]
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (3, 4)
+
+
+def test_a_directory_of_ours_is_read_without_a_warning_about_its_model(tmp_path: Path, capfd) -> None:
+    path = tokenizers.words(tmp_path / "w", ["zero", "one"])
+    (tmp_path / "w/config.json").write_text('{"model_type": "mka_qwen2"}')
+    assert load_tokenizer(path).encode(["one"]) == [[1]]
+    assert "mka_qwen2" not in capfd.readouterr().err

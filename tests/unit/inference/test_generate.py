@@ -175,7 +175,8 @@ def test_a_layers_pages_are_fetched_while_the_layer_before_computes(
     events: list[tuple[str, set[PageKey]]] = []
     with store:
         memory = remember(model, placed, topology, 1, store)
-        generate(model, memory, [PROMPTS[0] * 4], max_new_tokens=1, eos_id=None, positions=POSITIONS)
+        # the layers have had an open chunk before
+        generate(model, memory, [PROMPTS[0] * 4], max_new_tokens=size + 1, eos_id=None, positions=POSITIONS)
         for name in ("prefetch", "get"):
 
             def recorded(keys: list[PageKey], name: str = name, real=getattr(store, name)):  # noqa: B008
