@@ -2,6 +2,8 @@
 
     python tools/evaluate.py perplexity --out out/ppl configs/run/tiny.yaml
     python tools/evaluate.py passkey --out out/passkey --hf Qwen/Qwen2.5-0.5B --lengths 1024,4096
+    python tools/evaluate.py ruler --out out/ruler --data ruler-files --lengths 4096,8192 --hf DIR
+    python tools/evaluate.py longbench --out out/longbench --data data.zip model.init_from=DIR
     python tools/evaluate.py perplexity --out out/patched --hf DIR --patch configs/attention/fastmka.yaml
     torchrun --nproc_per_node=2 tools/evaluate.py passkey --out DIR model.init_from=DIR parallel.tensor_parallel=2
 
@@ -17,7 +19,6 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.data.batch import DataError
-from mka_megatron.evaluation import passkey, perplexity
-from mka_megatron.evaluation.results import Record, Results
-from mka_megatron.evaluation.tables import Report, markdown, write
-from tools.evaluated_model import Evaluated, add_arguments, opened
-
-_LENGTHS = "1024,2048,4096"
+from mka_megatron.evaluation.longbench import tasks as longbench
+from mka_megatron.evaluation.ruler import tasks as ruler
+from mka_megatron.evaluation.tables import markdown, write
+from tools import evaluations
+from tools.evaluated_model import add_arguments, opened
 
 
 def main() -> int:
@@ -42,13 +42,10 @@ def main() -> int:
     from mka_megatron.training.manifest import CheckpointError
 
     try:
-        if arguments.batch < 1:
-            raise ConfigError(f"--batch is {arguments.batch}; give at least 1.")
-        arguments.before(arguments)
+        arguments.check(arguments)
         with opened(arguments) as evaluated:
-            report = arguments.run(arguments, evaluated, rank)
-        if rank == 0:
-            written = write(report, arguments.out)
+            report = arguments.evaluate(arguments, evaluated, rank)
+        written = write(report, arguments.out) if rank == 0 else []
     except (ConfigError, DataError, CheckpointError, TierError) as error:
         if rank == 0:
             print(error, file=sys.stderr)
@@ -56,6 +53,8 @@ def main() -> int:
     if rank == 0:
         print(markdown(report))
         print(f"\n{', '.join(map(str, written))}", file=sys.stderr)
+        if len(written) < 3 + len(report.maps):
+            print("No heat maps: pip install 'mka-megatron[plots]', and give the command again.", file=sys.stderr)
     return 0
 
 
@@ -64,7 +63,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="perplexity|passkey|ruler|longbench")
 
-    command = _command(commands, "perplexity", _perplexity, "of documents")
+    command = _command(commands, "perplexity", "of documents", evaluations.perplexity_of, evaluations.check)
     command.add_argument("--text", metavar="SOURCE", help="file, directory, glob or hf:<name> (default: the embedded corpus's "
                          "held-out files)")  # fmt: skip
     command.add_argument("--text-key", default="text", help="field of JSONL, Parquet and Hugging Face data")
@@ -72,67 +71,46 @@ def parsed() -> argparse.Namespace:
     command.add_argument("--stride", type=int, help="tokens that a window adds (default: --length, full windows)")
     command.add_argument("--min-tokens", type=int, default=2, help="leave out documents of fewer")
 
-    command = _command(commands, "passkey", _passkey, "Mohtashami & Jaggi's, by length and depth")
-    command.add_argument("--lengths", type=_integers, default=_LENGTHS, help="tokens of a prompt")
+    command = _command(
+        commands, "passkey", "Mohtashami & Jaggi's, by length and depth", evaluations.passkey_of, evaluations.check_passkey
+    )
+    command.add_argument("--lengths", type=_integers, default="1024,2048,4096", help="tokens of a prompt")
     command.add_argument("--depths", type=_numbers, default="0,0.25,0.5,0.75,1", help="shares of the filler before the key")
     command.add_argument("--trials", type=int, default=10, help="of every length and depth")
     command.add_argument("--max-new-tokens", type=int, default=12)
     command.add_argument("--protocol", choices=("paper",), help="one new token and, of a model that recalls, 8 chunks")
+
+    command = _command(commands, "ruler", "RULER v1, by task and length", evaluations.ruler_of, evaluations.check_ruler)
+    command.add_argument("--lengths", type=_integers, default="4096", help="tokens of a prompt and its generation budget")
+    command.add_argument(
+        "--tasks", type=_names, default="all", help=f"all, generated (no questions), or of {', '.join(ruler.TASKS)}"
+    )
+    command.add_argument("--samples", type=int, default=500, help="of every task and length")
+    command.add_argument("--data", type=Path, help="folder of PaulGrahamEssays.json, squad.json, hotpotqa.json, english_words.json")
+    command.add_argument("--official", type=Path, help="folder of RULER's own samples (<length>/data/<task>/validation.jsonl)")
+
+    command = _command(commands, "longbench", "LongBench v1, E and v2", evaluations.longbench_of, evaluations.check_longbench)
+    command.add_argument("--data", type=Path, default=Path("data.zip"), help="data.zip or its folder; for --v2 data.json")
+    edition = command.add_mutually_exclusive_group()
+    edition.add_argument("--e", action="store_true", help="LongBench-E, by length too")
+    edition.add_argument("--v2", action="store_true", help="the multiple-choice questions of v2")
+    edition.add_argument("--protocol", choices=("paper",), help="QA, Summarization, Code and Avg with 128 new tokens")
+    command.add_argument("--tasks", type=_names, default="all", help=f"all, or of {', '.join(longbench.TASKS)}")
+    command.add_argument("--limit", type=int, help="lines of a task, questions of v2")
+    command.add_argument(
+        "--max-length", type=int, help="tokens of a prompt, more are cut in the middle (default: what the model has room for)"
+    )
     return parser.parse_args()
 
 
-def _command(commands: Any, name: str, run: Callable[..., Report], what: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, what: str, evaluate: Any, check: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=f"{name}: {what}.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the results; the same one resumes")
     parser.add_argument("--batch", type=int, default=1, help="rows at a time")
     parser.add_argument("--seed", type=int, default=42, help="of what is drawn")
-    parser.set_defaults(run=run, before=lambda arguments: None, command=name)
+    parser.set_defaults(command=name, evaluate=evaluate, check=check, recalled_by_protocol=None)
     add_arguments(parser)
     return parser
-
-
-def _perplexity(arguments: argparse.Namespace, evaluated: Evaluated, rank: int) -> Report:
-    from mka_megatron.evaluation import documents
-
-    length = evaluated.model.positions if arguments.length is None else arguments.length
-    stride = length if arguments.stride is None else arguments.stride
-    if not 1 <= length <= evaluated.model.positions:
-        raise ConfigError(f"--length is {length}: the model has {evaluated.model.positions} positions; give 1 to as many.")
-    if not 1 <= stride <= length:
-        raise ConfigError(f"--stride is {stride}: give 1 to --length ({length}).")
-    fingerprint, texts = documents.documents(arguments.text, arguments.text_key, 0.02)
-    results = _results(arguments, evaluated, rank, length=length, stride=stride, min_tokens=arguments.min_tokens,
-                       text=arguments.text or documents.EMBEDDED, text_key=arguments.text_key, content=fingerprint)  # fmt: skip
-    perplexity.evaluate(
-        evaluated.model, evaluated.tokenizer, texts, results, length=length, stride=stride, batch=arguments.batch,
-        min_tokens=arguments.min_tokens, progress=_progress("documents", None, rank),
-    )  # fmt: skip
-    return perplexity.report(results, evaluated.name)
-
-
-def _passkey(arguments: argparse.Namespace, evaluated: Evaluated, rank: int) -> Report:
-    lengths, depths, new = arguments.lengths, arguments.depths, arguments.max_new_tokens
-    settings = {"lengths": lengths, "depths": depths, "trials": arguments.trials, "max_new_tokens": new}
-    results = _results(arguments, evaluated, rank, **settings)
-    passkey.evaluate(
-        evaluated.model, evaluated.tokenizer, results, lengths=lengths, depths=depths, trials=arguments.trials,
-        max_new_tokens=new, seed=arguments.seed, batch=arguments.batch,
-        progress=_progress("trials", len(lengths) * len(depths) * arguments.trials, rank),
-    )  # fmt: skip
-    return passkey.report(results, evaluated.name, lengths, depths)
-
-
-def _results(arguments: argparse.Namespace, evaluated: Evaluated, rank: int, **settings: Any) -> Results:
-    known: Record = {"command": arguments.command, "model": evaluated.identity, "seed": arguments.seed, **settings}
-    return Results(arguments.out, known, write=rank == 0)
-
-
-def _progress(what: str, total: int | None, rank: int) -> Callable[[int], None] | None:
-    if rank:
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=what, disable=None, leave=False).update
 
 
 def _integers(text: str) -> list[int]:
@@ -141,6 +119,10 @@ def _integers(text: str) -> list[int]:
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 if __name__ == "__main__":

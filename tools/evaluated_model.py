@@ -15,6 +15,7 @@ from typing import Any
 
 from mka_megatron.config.errors import ConfigError, refuse
 from mka_megatron.config.load import load_attention, load_config
+from mka_megatron.config.schema import Config
 from mka_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mka_megatron.evaluation.language_model import LanguageModel
 from tools.megatron_model import built, for_inference, name_of, newest, of_checkpoint, tokenizer_path
@@ -61,7 +62,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Evaluated]:
     if arguments.hf is None:
         if arguments.patch or arguments.precision:
             raise ConfigError("--patch and --precision go with --hf: name the Hugging Face directory there.")
-        with _megatron(files, overrides, arguments.prefill_slots, arguments.recalled) as found:
+        with _megatron(arguments, files, overrides) as found:
             yield found
     elif (files or overrides) and not arguments.patch:
         raise ConfigError(f"{(files + overrides)[0]} is given with --hf: add --patch to give the model that configuration's "
@@ -71,7 +72,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Evaluated]:
 
 
 @contextmanager
-def _megatron(files: list[str], overrides: list[str], slots: int, recalled: int | None) -> Iterator[Evaluated]:
+def _megatron(arguments: argparse.Namespace, files: list[str], overrides: list[str]) -> Iterator[Evaluated]:
     # nothing is packed here: how training lays out documents is not asked for
     config = for_inference(load_config(files, ["data.reset_at_documents=false", *overrides]))
     from mka_megatron.inference.language_model import MegatronModel
@@ -87,13 +88,7 @@ def _megatron(files: list[str], overrides: list[str], slots: int, recalled: int 
         checkpoint = None if config.model.init_from else newest(config)
         if checkpoint is not None:
             config = of_checkpoint(config, checkpoint)
-        if recalled is not None:
-            memory = config.memory_hierarchy
-            if not memory.l3.enabled:
-                raise refuse("--recalled", recalled, "the model recalls nothing (memory_hierarchy.l3.enabled is false); "
-                             "leave it out")  # fmt: skip
-            l3 = dataclasses.replace(memory.l3, recalled_chunks=recalled)
-            config = dataclasses.replace(config, memory_hierarchy=dataclasses.replace(memory, l3=l3))
+        config = _recalling(config, arguments)
         tokenizer = load_tokenizer(str(tokenizer_path(config, checkpoint)))
         model = built(config, topology, tokenizer, checkpoint)
         dtype = DTYPES[config.training.precision]
@@ -105,7 +100,7 @@ def _megatron(files: list[str], overrides: list[str], slots: int, recalled: int 
         }  # fmt: skip
         named = Path(directory).name if checkpoint is None else f"{checkpoint.path.parent.parent.name} at step {checkpoint.step}"
         name = f"{named} ({config.attention.variant})"
-        yield Evaluated(MegatronModel(model, config, topology, store, slots), tokenizer, name, identity)
+        yield Evaluated(MegatronModel(model, config, topology, store, arguments.prefill_slots), tokenizer, name, identity)
     finally:
         if store is not None:
             store.close()
@@ -126,7 +121,8 @@ def _transformers(arguments: argparse.Namespace, files: list[str], overrides: li
     dtype: Any = "auto" if arguments.precision is None else getattr(torch, PRECISIONS[arguments.precision])
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        recall_of(config, arguments.recalled if not arguments.patch else None)
+        if not arguments.patch:
+            _recall_in_place(config, arguments)
         model, report = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
@@ -140,9 +136,7 @@ def _transformers(arguments: argparse.Namespace, files: list[str], overrides: li
         raise refuse("--hf", arguments.hf, f"its files have no usable tensor {lacking[0]}; copy the model again")
     name, attention = Path(arguments.hf).name, getattr(config, "mka", None)
     if arguments.patch:
-        if arguments.recalled is not None:
-            overrides = [*overrides, f"memory_hierarchy.l3.recalled_chunks={arguments.recalled}"]
-        wanted = load_attention(directory, files, overrides)
+        wanted = _recalling(load_attention(directory, files, overrides), arguments)
         model, attention = patch_model(model, wanted), _sections(wanted)
         name = f"{name}, patched ({wanted.attention.variant})"
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,17 +146,34 @@ def _transformers(arguments: argparse.Namespace, files: list[str], overrides: li
     return Evaluated(HFModel(model, arguments.prefill_slots), tokenizer, name, identity)
 
 
-def recall_of(config: Any, recalled: int | None) -> None:
-    """Let a model of ours whose transformers' configuration is `config` recall so many chunks; None: its own number."""
+def _recalling(config: Config, arguments: argparse.Namespace) -> Config:
+    memory = config.memory_hierarchy
+    recalled = _recalled(arguments, memory.l3.enabled)
     if recalled is None:
-        return
-    memory = (getattr(config, "mka", None) or {}).get("memory_hierarchy", {})
-    if not memory.get("l3", {}).get("enabled"):
-        raise refuse("--recalled", recalled, "the model recalls nothing; leave it out")
-    memory["l3"]["recalled_chunks"] = recalled
+        return config
+    memory = dataclasses.replace(memory, l3=dataclasses.replace(memory.l3, recalled_chunks=recalled))
+    return dataclasses.replace(config, memory_hierarchy=memory)
 
 
-def _sections(config: Any) -> dict[str, Any]:
+def _recall_in_place(config: Any, arguments: argparse.Namespace) -> None:
+    """The same for a configuration of transformers."""
+    l3 = (getattr(config, "mka", None) or {}).get("memory_hierarchy", {}).get("l3", {})
+    recalled = _recalled(arguments, bool(l3.get("enabled")))
+    if recalled is not None:
+        l3["recalled_chunks"] = recalled
+
+
+def _recalled(arguments: argparse.Namespace, recalls: bool) -> int | None:
+    """Chunks that L3 is to recall; None: as many as the model says."""
+    if recalls:
+        return arguments.recalled or arguments.recalled_by_protocol
+    if arguments.recalled is not None:
+        raise refuse("--recalled", arguments.recalled, "the model recalls nothing (memory_hierarchy.l3.enabled is false); "
+                     "leave it out")  # fmt: skip
+    return None
+
+
+def _sections(config: Config) -> dict[str, Any]:
     from mka_megatron.config.hf_sections import to_json
 
     return to_json(config)
