@@ -204,6 +204,8 @@ int launch(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
   const int bytes = Shared<T, D>::bytes(stages);
   if (bytes > most || query_blocks(a) > INT32_MAX) return MKA_REFUSED;
   MKA_TRY(cudaFuncSetAttribute(forward_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  MKA_TRY(cudaFuncSetAttribute(forward_kernel<T, D>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared));
   const unsigned blocks = static_cast<unsigned>(query_blocks(a));
   forward_kernel<T, D><<<blocks, THREADS, bytes, stream>>>(a, plan_view(a, false), stages);
   return launched();
