@@ -30,11 +30,8 @@ def load_weights(model: GPT, checkpoint: Checkpoint, config: Config, tp_rank: in
         ConfigError: the files are not those of this model, or the variant cannot change its tensor-parallel size.
     """
     ranks = int(checkpoint.body["layout"]["parallel.tensor_parallel"])
-    held = {
-        name: tensor
-        for name, tensor in chain(model.named_parameters(), model.named_buffers())
-        if _kept(model, name)
-    }
+    planes = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".planes"))
+    held = dict(chain(model.named_parameters(), planes))
     with torch.no_grad():
         if ranks == config.parallel.tensor_parallel:
             shards = Shards(
@@ -82,11 +79,6 @@ def _table(config: Config, vocab_size: int) -> dict[str, Entry]:
             f"parallel.tensor_parallel: a checkpoint of attention.variant {config.attention.variant} is read at the "
             f"size that wrote it only; set it to that (one of the two is {ranks})."
         ) from None
-
-
-def _kept(model: GPT, name: str) -> bool:
-    """A parameter, or a buffer that checkpoints hold."""
-    return name in dict(model.named_parameters()) or name.endswith(".planes")
 
 
 def _entry(name: str, tensor: Tensor, ranks: int) -> Entry:

@@ -93,7 +93,10 @@ def _held(directory: Path) -> Iterator[None]:
 
 def _remove_stale(final: Path) -> None:
     for stale in final.parent.glob(f".{final.name}.tmp-*"):
-        descriptor = os.open(stale, os.O_RDONLY)
+        try:
+            descriptor = os.open(stale, os.O_RDONLY)
+        except FileNotFoundError:  # the one that made it has just ended
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
