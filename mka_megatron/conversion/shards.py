@@ -165,7 +165,8 @@ class _Reader:
     def pieces(self, rank: int, masters: bool) -> Pieces:
         """Where each parameter of `rank` is."""
         if self.swapped:
-            return self._each_cut(self._groups(), [self._swapped(rank, i) for i in range(self.partitions)])
+            groups = self._recorded(f"deepspeed/swapped-{rank:05d}.pt")
+            return self._each_cut(groups, [self._swapped(rank, i) for i in range(self.partitions)])
         prefix = "zero_pp_rank_0_" if self.stage == 3 else ""
         model = f"deepspeed/{prefix}mp_rank_{rank:02d}_model_states.pt"
         module = self._module(model)

@@ -3,8 +3,8 @@
 DeepSpeed 0.19 resumes such runs wrongly without a word: it copies its swap files, but restores neither
 Adam's step counts nor the sub-groups that are too small to swap, which it overwrites with the fresh
 model's. So these runs write their state themselves: one file per sub-group (the unit that fits in
-memory), holding the fp32 parameters and both moments, and one for the loss scale. The 16-bit parameters
-follow from the fp32 ones.
+memory), holding the fp32 parameters and both moments, and one for the loss scale and the order of the
+parameters, which the sub-groups hold one behind the other. The 16-bit parameters follow from the fp32 ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mka_megatron.training.engine import Engine
+from mka_megatron.training.manifest import CheckpointError
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -38,12 +39,22 @@ def save(engine: Engine, folder: Path, write: Callable[[Any, Path], None]) -> No
         if swappable:
             optimizer._release_swap_buffers(index)
     scaler = optimizer.loss_scaler
-    write({key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}, folder / _scaler_name())
+    scale = {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
+    write({"loss_scale": scale, "param_shapes": _shapes(engine)}, folder / _common_name())
 
 
 def load(engine: Engine, folder: Path) -> None:
-    """Put the saved state into a fresh engine, and on NVMe where it belongs there."""
+    """Put the saved state into a fresh engine, and on NVMe where it belongs there.
+
+    Raises CheckpointError where the parameters have another order or other shapes.
+    """
     optimizer = engine.deepspeed.optimizer
+    common = torch.load(folder / _common_name(), weights_only=True)
+    if [list(group.items()) for group in common["param_shapes"]] != [list(group.items()) for group in _shapes(engine)]:
+        raise CheckpointError(
+            f"checkpoint {folder} has the parameters in another order than this version; resume with the version "
+            "that wrote it, or export it and start from that."
+        )
     optimizer.checkpoint_event_prologue()
     for index in range(len(optimizer.fp16_groups)):
         saved = torch.load(folder / _group_name(index), map_location="cpu", weights_only=True)
@@ -58,7 +69,7 @@ def load(engine: Engine, folder: Path) -> None:
         optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if swappable:
             optimizer._optimizer_states_and_gradient_swap_out(index)
-    for key, value in torch.load(folder / _scaler_name(), weights_only=True).items():
+    for key, value in common["loss_scale"].items():
         setattr(optimizer.loss_scaler, key, value)
     optimizer.checkpoint_event_epilogue()
 
@@ -67,5 +78,11 @@ def _group_name(index: int) -> str:
     return f"deepspeed/swapped-{dist.get_rank():05d}-{index:05d}.pt"
 
 
-def _scaler_name() -> str:
-    return f"deepspeed/loss-scale-{dist.get_rank():05d}.pt"
+def _common_name() -> str:
+    return f"deepspeed/swapped-{dist.get_rank():05d}.pt"
+
+
+def _shapes(engine: Engine) -> list[dict[str, list[int]]]:
+    """Of the whole parameters, in the order of each group of the optimizer."""
+    groups = engine.deepspeed._get_zero_param_shapes()
+    return [{name: list(shape) for name, shape in group.items()} for group in groups]
