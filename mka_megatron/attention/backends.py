@@ -32,7 +32,7 @@ class Backends:
         attention, memory, channels = config.attention, config.memory_hierarchy, config.model.head_dim
         block = fuse = recall_by = "reference"
         if block_core(config):
-            lacks = block_kernels.lacks(channels, memory.l1.chunk_size, dtype)
+            lacks = block_kernels.lacks(channels, memory.l1.chunk_size, dtype, library.capability(device))
             block = block_attention.choose(attention.block_backend, device, lacks)
         if fuses(config):
             summary = memory.l2.summary if memory.l2.enabled else "ema"

@@ -126,6 +126,11 @@ def usable(device: str, lacks: str = "") -> tuple[bool, str]:
     return there, why.rstrip(".")
 
 
+def capability(device: str) -> tuple[int, int] | None:
+    """(major, minor) of the current GPU; None where the device type is none."""
+    return torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
+
+
 @functools.cache
 def tell(choice: str) -> None:
     """Logs a choice once, though every layer makes it."""

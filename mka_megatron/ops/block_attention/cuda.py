@@ -21,7 +21,7 @@ CHANNELS = (64, 128)
 SIZES = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 KERNELS = {"best": 0, "mma": 1, "wgmma": 2}
-"""The best for the device; for tensor cores from sm_80 on; for those of sm_90, at least in the forward."""
+"""The best for the device; for tensor cores from sm_80 on; for those of sm_90, as far as there are some."""
 
 
 class Args(ctypes.Structure):
@@ -38,13 +38,22 @@ class Args(ctypes.Structure):
     )  # fmt: skip
 
 
-def lacks(channels: int, size: int, dtype: torch.dtype) -> str:
-    """Why there is no kernel for heads of so many channels, a chunk size and a dtype; "": there is."""
+SMALL = ((8, 6), (8, 9))
+"""Compute capabilities with 99 KB of shared memory for a block: less than the backward takes for 128 channels."""
+
+
+def lacks(channels: int, size: int, dtype: torch.dtype, capability: tuple[int, int] | None = None) -> str:
+    """Why there is no kernel for heads of so many channels, a chunk size and a dtype on a GPU; "": there is."""
     if dtype not in DTYPES:
         return f"its dtypes are {' and '.join(map(str, DTYPES))}, not {dtype}"
     if channels not in CHANNELS:
         return f"a head must have {' or '.join(map(str, CHANNELS))} channels, not {channels}"
-    return "" if size in SIZES else f"its chunk sizes are {' and '.join(map(str, SIZES))}, not {size}"
+    if size not in SIZES:
+        return f"its chunk sizes are {' and '.join(map(str, SIZES))}, not {size}"
+    if channels > 64 and capability is not None and capability in SMALL:
+        at = "sm_{}{}".format(*capability)
+        return f"a head of {channels} channels needs more shared memory than {at} has"
+    return ""
 
 
 def attention(
@@ -63,7 +72,7 @@ def attention(
 
     Raises ValueError for types, sizes or devices without a kernel, LibraryError where the kernels are not there.
     """
-    if problem := lacks(q.shape[3], layout.size, q.dtype):
+    if problem := lacks(q.shape[3], layout.size, q.dtype, library.capability(q.device.type)):
         raise ValueError(f"block_attention has no kernel: {problem}.")
     if not 0 < layout.scale < math.inf:
         raise ValueError(f"scale is {layout.scale}: the kernels need a positive one.")
@@ -203,7 +212,6 @@ def _backward(
     }
     wide = None if bias is None else _empty(q, *q.shape[:3], 3, dtype=torch.float32)
     readable, grad = _readable(inputs), library.rows(grad)
-    sizes = size, first, window, scale, KERNELS["mma"] if kernel == KERNELS["mma"] else KERNELS["best"]
     args = arguments(readable, sizes, out=out, lse=lse, grad_out=grad, grad_bias=wide, **found)
     _run("mka_block_attention_backward", args, q, backward=True)
     grads = list(found.values())

@@ -92,6 +92,21 @@ def test_block_kernels_that_are_asked_for_and_not_there_are_an_error(
         Backends.choose(chosen, dtype, "cpu")
 
 
+@pytest.mark.parametrize(("channels", "minor", "expected"), [(128, 9, "flex"), (64, 9, "cuda"), (128, 0, "cuda")])
+@pytest.mark.usefixtures("kernels")
+def test_gpus_with_little_shared_memory(
+    channels: int, minor: int, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, minor))
+    library.tell.cache_clear()
+    with caplog.at_level("INFO"):
+        chosen = Backends.choose(config(*BLOCK, f"model.head_dim={channels}"), torch.bfloat16, "cuda")
+    assert chosen.block == expected
+    why = " (a head of 128 channels needs more shared memory than sm_89 has)"
+    assert f"block_attention: {expected} on cuda{why if expected == 'flex' else ''}\n" in caplog.text
+
+
 @pytest.mark.parametrize("overrides", [case[0] for case in CASES], ids=[" ".join(case[0]) for case in CASES])
 def test_what_fuses_is_what_the_variant_says(overrides: list[str]) -> None:
     chosen = config(*overrides)

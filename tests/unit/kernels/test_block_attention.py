@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "window alone": {"rows": "one document", "recalled": 0, "summaries": False, "window": 3},
     "window longer than the row": {"rows": "packed", "window": 9},
     "window of one chunk": {"rows": "packed", "window": 1},
+    "rows that differ": {"rows": [[(64, 0)] * 4, [(64, 0), (64, 1), (64, 1), (9, 1)]], "window": 1},
     "a part, its halo short": {"rows": "packed", "first": 1, "window": 3},
     "a part with pages": {"rows": "one document", "first": 3, "recalled": 3, "missing": 5},
     "a part with pages, no halo": {"rows": "empty chunks", "first": 5, "window": 1, "recalled": 3},
