@@ -89,7 +89,12 @@ MKA_HD int32_t key_origin(const MkaBlockAttentionArgs& a, const Plan& p, const I
   return static_cast<int32_t>(origin(a, p, item.pair / a.groups, number));
 }
 
-// C / 16 warps. Two stages are in shared memory: one that is worked on while the next one comes.
+// A barrier of a warp that hands over and the one that takes.
+__device__ __forceinline__ void hand_over(int pair) { asm volatile("bar.arrive %0, 64;" ::"r"(pair + 1) : "memory"); }
+__device__ __forceinline__ void take_over(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+
+// C / 16 warps: the first half for dV, the others for dK of the same rows. Two stages are in shared memory: one that is
+// worked on while the next one comes.
 template <typename T, int D>
 __global__ void __launch_bounds__(WARPS * 32, 1) key_kernel(const MkaBlockAttentionArgs args, const Plan plan) {
   extern __shared__ __align__(256) unsigned char dynamic[];
@@ -112,18 +117,23 @@ __global__ void __launch_bounds__(WARPS * 32, 1) key_kernel(const MkaBlockAttent
     scale = static_cast<float>(a.scale) * TO_BASE_2;
   }
   __syncthreads();
-  const auto row = [] { return opaque(static_cast<int>(threadIdx.x)) / 32 * 16; };
+  // the 32 rows that a warp has, and its role
+  const auto part = [] { return opaque(static_cast<int>(threadIdx.x)) / 32 & (static_cast<int>(blockDim.x) / 64 - 1); };
+  const auto values = [] { return threadIdx.x < blockDim.x / 2; };
   if (threadIdx.x < a.size) origins[threadIdx.x] = key_origin(a, p, item, keys, threadIdx.x);
-  T* k_tile = reinterpret_cast<T*>(dynamic + 4 * tile_bytes<D>);
-  T* v_tile = k_tile + a.size * D;
+  const auto k_tile = [&](int row) { return reinterpret_cast<T*>(dynamic + 4 * tile_bytes<D>) + row * D; };
+  const auto v_tile = [&](int row) { return k_tile(row + static_cast<int>(a.size)); };
+  const auto share = [&](int pair) {
+    return reinterpret_cast<uint32_t*>(k_tile(2 * static_cast<int>(a.size))) + pair * SHARE;
+  };
   {
     const Rows<T> all = rows_of<T>(a, item.pair, keys.source, keys.row);
-    copy_rows<T, D>(k_tile, all.k, all.k_stride, a.size, keys.count, threadIdx.x, blockDim.x);
-    copy_rows<T, D>(v_tile, all.v, all.v_stride, a.size, keys.count, threadIdx.x, blockDim.x);
+    copy_rows<T, D>(k_tile(0), all.k, all.k_stride, a.size, keys.count, threadIdx.x, blockDim.x);
+    copy_rows<T, D>(v_tile(0), all.v, all.v_stride, a.size, keys.count, threadIdx.x, blockDim.x);
   }
   KeyState<D, 1> state;
-  clear(state.grad_k);
-  clear(state.grad_v);
+  clear(state.grad[0]);
+  clear(state.grad[1]);
   const auto stage = [&](int t) {
     return Stage<T>{reinterpret_cast<T*>(dynamic + t % 2 * 2 * tile_bytes<D>), rows[t % 2]};
   };
@@ -151,28 +161,37 @@ __global__ void __launch_bounds__(WARPS * 32, 1) key_kernel(const MkaBlockAttent
         if (threadIdx.x == t % 4 * 32)
           turns[(t + 2) % TURNS] = turn_after<T>(a, visitors, count, members, turns[(t + 1) % TURNS]);
       };
-      key_step<T>(
-          state, k_tile, v_tile, stage(t), turns[t % TURNS], visitors, keys, origins, row(), scale, look_ahead);
+      const Turn& now = turns[t % TURNS];
+      const int pair = part(), row = 32 * pair;
+      if (behind(now, visitors, row))
+        look_ahead();
+      else if (values())
+        value_step<T>(state, share(pair), k_tile(row), stage(t), now, visitors, keys, origins, row, scale,
+                      look_ahead, [&] { hand_over(pair); });
+      else
+        key_step<T>(state, share(pair), v_tile(row), stage(t), look_ahead, [&] { take_over(pair); });
     }
     __syncthreads();
   }
-  end_keys<T>(state, a, p, item, keys, row());
+  end_keys<T>(state, a, p, item, keys, 32 * part(), values());
 }
 
 template <typename T, int D>
 void keys_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
   std::vector<T> tiles(2 * STEP * D), k(a.size * D), v(a.size * D);
-  const int warps = static_cast<int>(a.size / 16), members = static_cast<int>(a.heads / a.groups);
+  std::vector<uint32_t> share(SHARE);
+  const int pairs = static_cast<int>(a.size / 32), members = static_cast<int>(a.heads / a.groups);
   const float scale = static_cast<float>(a.scale) * TO_BASE_2;
   float rows[3 * STEP];
   int32_t origins[16 * WARPS];
   const Stage<T> stage{tiles.data(), rows};
+  const auto nothing = [] {};
   for (int64_t i = 0; i < p.item_count; ++i) {
     const Item item = p.items[i];
     if (item.target < 0) continue;
     const Keys keys = target_keys(a, p, item.pair, item.target);
     for (int row = 0; row < a.size; ++row) origins[row] = key_origin(a, p, item, keys, row);
-    std::vector<KeyState<D, 32>> states(warps);  // zeros
+    std::vector<KeyState<D, 32>> values(pairs), others(pairs);  // zeros
     const Rows<T> all = rows_of<T>(a, item.pair, keys.source, keys.row);
     for (int thread = 0; thread < D; ++thread) {
       copy_rows<T, D>(k.data(), all.k, all.k_stride, a.size, keys.count, thread, D);
@@ -182,11 +201,19 @@ void keys_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
       const Visitor visitor = visitor_of<T>(a, p, item, at);
       for (Turn t = turn_from<T>(a, &visitor, 1, 0, 0, 0); t.tokens > 0; t = turn_after<T>(a, &visitor, 1, members, t)) {
         for (int thread = 0; thread < D; ++thread) copy_turn<T, D>(stage, a, t, thread, D);
-        for (int warp = 0; warp < warps; ++warp)
-          key_step<T>(states[warp], k.data(), v.data(), stage, t, &visitor, keys, origins, 16 * warp, scale, [] {});
+        for (int pair = 0; pair < pairs; ++pair) {
+          const int row = 32 * pair;
+          if (behind(t, &visitor, row)) continue;
+          value_step<T>(values[pair], share.data(), k.data() + row * D, stage, t, &visitor, keys, origins, row, scale,
+                        nothing, nothing);
+          key_step<T>(others[pair], share.data(), v.data() + row * D, stage, nothing, nothing);
+        }
       }
     }
-    for (int warp = 0; warp < warps; ++warp) end_keys<T>(states[warp], a, p, item, keys, 16 * warp);
+    for (int pair = 0; pair < pairs; ++pair) {
+      end_keys<T>(values[pair], a, p, item, keys, 32 * pair, true);
+      end_keys<T>(others[pair], a, p, item, keys, 32 * pair, false);
+    }
   }
 }
 
@@ -205,13 +232,11 @@ __global__ void __launch_bounds__(REDUCE_THREADS) reduce_kernel(const MkaBlockAt
 // ---- all of it ----
 
 template <typename T, int D>
-int launch(const MkaBlockAttentionArgs& a, const Plan& p, bool queries, cudaStream_t stream) {
-  const int bytes = 4 * tile_bytes<D>, key_bytes = bytes + static_cast<int>(a.size) * D * 4;
-  if (queries) {
-    MKA_TRY(cudaFuncSetAttribute(query_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    query_kernel<T, D><<<static_cast<unsigned>(query_blocks(a)), WARPS * 32, bytes, stream>>>(a, p);
-  }
+int launch(const MkaBlockAttentionArgs& a, const Plan& p, cudaStream_t stream) {
+  const int bytes = 4 * tile_bytes<D>, key_bytes = bytes + static_cast<int>(a.size) * (D + STEP / 4) * 4;
+  MKA_TRY(cudaFuncSetAttribute(query_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   MKA_TRY(cudaFuncSetAttribute(key_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, key_bytes));
+  query_kernel<T, D><<<static_cast<unsigned>(query_blocks(a)), WARPS * 32, bytes, stream>>>(a, p);
   key_kernel<T, D><<<static_cast<unsigned>(p.item_count), static_cast<unsigned>(a.size * 2), key_bytes, stream>>>(a, p);
   if (p.reduction_count) {
     const dim3 grid(static_cast<unsigned>(p.reduction_count), static_cast<unsigned>(reduce_units(a) / REDUCE_THREADS));
@@ -221,8 +246,8 @@ int launch(const MkaBlockAttentionArgs& a, const Plan& p, bool queries, cudaStre
 }
 
 template <typename T, int D>
-int on_host(const MkaBlockAttentionArgs& a, const Plan& p, bool queries) {
-  if (queries) queries_on_host<T, D>(a, p);
+int on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
+  queries_on_host<T, D>(a, p);
   keys_on_host<T, D>(a, p);
   for (int64_t i = 0; i < p.reduction_count && p.reductions[i].target >= 0; ++i)
     for (int64_t unit = 0; unit < reduce_units(a); ++unit) reduce_unit<T>(a, p, p.reductions[i], unit);
@@ -245,9 +270,9 @@ int on_host(const MkaBlockAttentionArgs& a, const Plan& p, bool queries) {
 
 }  // namespace backward
 
-int backward_mma(const MkaBlockAttentionArgs& a, bool queries, cudaStream_t stream) {
+int backward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
   const Plan p = plan_view(a, true);
-#define MKA_CALL(D) backward::launch<T, D>(a, p, queries, stream)
+#define MKA_CALL(D) backward::launch<T, D>(a, p, stream)
   MKA_BLOCK_DISPATCH(a, MKA_CALL);
 #undef MKA_CALL
 }
@@ -257,25 +282,18 @@ int backward_mma(const MkaBlockAttentionArgs& a, bool queries, cudaStream_t stre
 
 int mka_block_attention_backward(const MkaBlockAttentionArgs* args, void* stream) {
   const MkaBlockAttentionArgs& a = *args;
-  if (!mka::block::possible(a)) return MKA_REFUSED;
-  const bool hopper = a.kernel != 1 && mka::block::hopper_backward_possible(a);
-  if (a.kernel == 2 && !hopper) return MKA_REFUSED;
+  if (!mka::block::possible(a) || a.kernel == 2) return MKA_REFUSED;
   if (a.batch == 0 || a.slots == 0) return 0;
-  const cudaStream_t at = static_cast<cudaStream_t>(stream);
-  int failed = mka::block::enqueue_plan(a, true, at);
-  if (!failed && hopper) failed = mka::block::backward_queries_hopper(a, at);
-  return failed ? failed : mka::block::backward_mma(a, !hopper, at);
+  const int planned = mka::block::enqueue_plan(a, true, static_cast<cudaStream_t>(stream));
+  return planned ? planned : mka::block::backward_mma(a, static_cast<cudaStream_t>(stream));
 }
 
 int mka_host_block_attention_backward(const MkaBlockAttentionArgs* args) {
   const MkaBlockAttentionArgs& a = *args;
   if (!mka::block::possible(a)) return MKA_REFUSED;
   mka::block::plan_on_host(a, true);
-  const bool hopper = a.kernel == 2;
-  if (hopper)
-    if (const int failed = mka::block::backward_queries_on_host(a)) return failed;
   const mka::block::Plan p = mka::block::plan_view(a, true);
-#define MKA_CALL(D) mka::block::backward::on_host<T, D>(a, p, !hopper)
+#define MKA_CALL(D) mka::block::backward::on_host<T, D>(a, p)
   MKA_BLOCK_DISPATCH(a, MKA_CALL);
 #undef MKA_CALL
 }

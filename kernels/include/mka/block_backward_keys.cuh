@@ -1,4 +1,4 @@
-// dK and dV of block_attention for a warp, the same on the host: 16 rows of a target against the queries that visit it.
+// dK and dV of block_attention, the same on the host: the rows of a target against the queries that visit it.
 #pragma once
 
 #include "mka/block_backward.cuh"
@@ -126,10 +126,65 @@ MKA_UNROLL_BY(2)
   }
 }
 
+// ---- a warp: 32 rows of the target, and one of two roles ----
+//
+// One warp computes P and adds to dV; it hands P to another one, which computes dS and adds to dK. So each has room for
+// 32 rows of its sum, and what it reads of the queries serves twice.
+
+constexpr int SHARE = 32 * STEP / 2;  // words of P, two numbers each, that are handed over
+// P is at most 1, about: as 2^15 P it is told by halves, more exactly than by bf16, down to 2e-9.
+constexpr int SHIFT = 15;
+constexpr float UNSHIFT = 1.f / (1 << SHIFT);
+
 template <int D, int LANES>
 struct KeyState {
-  float grad_k[D / 8][LANES][4], grad_v[D / 8][LANES][4];  // dK / scale
+  float grad[2][D / 8][LANES][4];  // dV / UNSHIFT or dK / scale
 };
+
+// Scores, or what follows from them, of 32 rows and STEP queries.
+template <int LANES>
+using Scores = float[2][STEP / 8][LANES][4];
+
+// c = rows [0, 32) of a tile times the transposed rows [row, row + STEP) of another.
+template <typename T, int D, int LANES>
+MKA_HD void rows_times_rows(Scores<LANES>& c, const T* a_tile, const T* tile, int row) {
+  clear(c[0]);
+  clear(c[1]);
+MKA_UNROLL_BY(4)
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t a[2][LANES][4];
+    load_a<T, D, LANES>(a[0], a_tile, 0, 16 * step);
+    load_a<T, D, LANES>(a[1], a_tile, 16, 16 * step);
+MKA_UNROLL
+    for (int n = 0; n < STEP / 16; ++n) {
+      uint32_t b[2][LANES][2];
+      load_b<T, D, LANES>(b, tile, row + 16 * n, 16 * step);
+MKA_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        mma<T, LANES>(c[m][2 * n], a[m], b[0]);
+        mma<T, LANES>(c[m][2 * n + 1], a[m], b[1]);
+      }
+    }
+  }
+}
+
+// c [32][D] += the columns [16 step, 16 step + 16) of x, rounded, times as many rows of a tile, from `row` on.
+template <typename T, int D, int LANES>
+MKA_HD void add_times(KeyState<D, LANES>& s, const Scores<LANES>& x, int step, const T* tile, int row) {
+  uint32_t a[2][LANES][4];
+MKA_UNROLL
+  for (int m = 0; m < 2; ++m) as_a<T, LANES>(a[m], x[m][2 * step], x[m][2 * step + 1]);
+MKA_UNROLL
+  for (int n = 0; n < D / 16; ++n) {
+    uint32_t b[2][LANES][2];
+    load_b_trans<T, D, LANES>(b, tile, row, 16 * n);
+MKA_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      mma<T, LANES>(s.grad[m][2 * n], a[m], b[0]);
+      mma<T, LANES>(s.grad[m][2 * n + 1], a[m], b[1]);
+    }
+  }
+}
 
 // The first slot of a visitor's chunk that sees row `row` of the target. origins: [C], of summaries.
 MKA_HD int first_slot(const Visitor& v, const Keys& keys, const int32_t* origins, int row) {
@@ -137,20 +192,19 @@ MKA_HD int first_slot(const Visitor& v, const Keys& keys, const int32_t* origins
   return v.diagonal ? row : 0;
 }
 
-// The target's rows lie in k_tile and v_tile, the warp's from `row` on; scale: of the scores, times log2 e. `meanwhile`
-// is called once, while products are under way.
-template <typename T, int D, int LANES, typename Meanwhile>
-MKA_HD void key_step(KeyState<D, LANES>& s, const T* k_tile, const T* v_tile, const Stage<T>& from, const Turn& turn,
-                     const Visitor* visitors, const Keys& keys, const int32_t* origins, int row, const float& scale,
-                     const Meanwhile& meanwhile) {
-  float x[STEP / 8][LANES][4], y[STEP / 8][LANES][4];
-  // a warp whose keys all lie behind the queries has nothing to do
-  const bool behind = visitors[turn.visitor].diagonal && row > turn.first + STEP - 1;
-  if (behind) {
-    meanwhile();
-    return;
-  }
-  times_rows<T, D, STEP / 16, LANES>(x, k_tile + row * D, from.tile, 0);
+// Whether none of a turn's queries sees a key from `row` on: there is nothing to do.
+MKA_HD bool behind(const Turn& turn, const Visitor* visitors, int row) {
+  return visitors[turn.visitor].diagonal && row > turn.first + STEP - 1;
+}
+
+// P of the 32 rows from `row` on, which `tile` begins with: to `share` [8][32][4], and into dV. scale: of the scores, times log2 e. `meanwhile` is called while products
+// are under way, `shared` when P is there.
+template <typename T, int D, int LANES, typename Meanwhile, typename Shared>
+MKA_HD void value_step(KeyState<D, LANES>& s, uint32_t* share, const T* tile, const Stage<T>& from, const Turn& turn,
+                       const Visitor* visitors, const Keys& keys, const int32_t* origins, int row, const float& scale,
+                       const Meanwhile& meanwhile, const Shared& shared) {
+  Scores<LANES> x;
+  rows_times_rows<T, D, LANES>(x, tile, from.tile, 0);
   meanwhile();
 MKA_UNROLL
   for (int n = 0; n < STEP / 8; ++n)
@@ -160,36 +214,76 @@ MKA_UNROLL
       const auto lse = load_vec<float, 2>(from.rows + column);
       const auto bias = load_vec<float, 2>(from.rows + 2 * STEP + column);
 MKA_UNROLL
-      for (int e = 0; e < 4; ++e)
-        x[n][l][e] = exp2_of(x[n][l][e] * scale + (bias.at[e % 2] - lse.at[e % 2]) * TO_BASE_2);
+      for (int m = 0; m < 2; ++m)
+MKA_UNROLL
+        for (int e = 0; e < 4; ++e)
+          x[m][n][l][e] = exp2_of(x[m][n][l][e] * scale + ((bias.at[e % 2] - lse.at[e % 2]) * TO_BASE_2 + SHIFT));
     }
-  times_rows<T, D, STEP / 16, LANES>(y, v_tile + row * D, from.tile, STEP);
   const Visitor& v = visitors[turn.visitor];
-  const int first = turn.first;
-  if (v.level == SUMMARY || (v.diagonal && row + 15 > first)) {
+  if (v.level == SUMMARY || (v.diagonal && row + 31 > turn.first)) {
 MKA_UNROLL
     for (int l = 0; l < LANES; ++l)
 MKA_UNROLL
-      for (int r = 0; r < 2; ++r) {
+      for (int r = 0; r < 4; ++r) {
         const int lane = lane_of<LANES>(l);
-        const int hidden = first_slot(v, keys, origins, row + lane / 4 + 8 * r) - first - c_column(lane, 0);
+        const int hidden = first_slot(v, keys, origins, row + lane / 4 + 8 * r) - turn.first - c_column(lane, 0);
 MKA_UNROLL
         for (int n = 0; n < STEP / 8; ++n)
 MKA_UNROLL
           for (int e = 0; e < 2; ++e)
-            if (8 * n + e < hidden) x[n][l][2 * r + e] = y[n][l][2 * r + e] = 0.f;
+            if (8 * n + e < hidden) x[r / 2][n][l][r % 2 * 2 + e] = 0.f;
       }
   }
-  add_times<T, D, STEP / 16, LANES>(s.grad_v, x, from.tile, STEP);
 MKA_UNROLL
-  for (int n = 0; n < STEP / 8; ++n)
+  for (int l = 0; l < LANES; ++l)
 MKA_UNROLL
-    for (int l = 0; l < LANES; ++l) {
-      const auto delta = load_vec<float, 2>(from.rows + STEP + 8 * n + c_column(lane_of<LANES>(l), 0));
+    for (int i = 0; i < 8; ++i) {
+      Vec<uint32_t, 4> words;
 MKA_UNROLL
-      for (int e = 0; e < 4; ++e) y[n][l][e] = x[n][l][e] * (y[n][l][e] - delta.at[e % 2]);
+      for (int j = 0; j < 4; ++j) {
+        const float(&pair)[4] = x[i / 4][i % 4 * 2 + j / 2][l];
+        words.at[j] = pack<__half>(pair[j % 2 * 2], pair[j % 2 * 2 + 1]);
+      }
+      store_vec(share + (i * 32 + lane_of<LANES>(l)) * 4, words);
     }
-  add_times<T, D, STEP / 16, LANES>(s.grad_k, y, from.tile, 0);
+  shared();
+MKA_UNROLL
+  for (int step = 0; step < STEP / 16; ++step) add_times<T, D, LANES>(s, x, step, from.tile, STEP + 16 * step);
+}
+
+// dS of the same rows: into dK. `shared` waits for P.
+template <typename T, int D, int LANES, typename Meanwhile, typename Shared>
+MKA_HD void key_step(KeyState<D, LANES>& s, const uint32_t* share, const T* tile, const Stage<T>& from,
+                     const Meanwhile& meanwhile, const Shared& shared) {
+  Scores<LANES> y;
+  rows_times_rows<T, D, LANES>(y, tile, from.tile, STEP);
+  meanwhile();
+  shared();
+MKA_UNROLL
+  for (int step = 0; step < STEP / 16; ++step) {
+MKA_UNROLL
+    for (int l = 0; l < LANES; ++l)
+MKA_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        const int lane = lane_of<LANES>(l);
+        const auto words = load_vec<uint32_t, 4>(share + ((4 * m + step) * 32 + lane) * 4);
+MKA_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const int n = 2 * step + j / 2;
+          const auto delta = load_vec<float, 2>(from.rows + STEP + 8 * n + c_column(lane, 0));
+          __half weights[2];
+          memcpy(static_cast<void*>(weights), &words.at[j], 4);
+MKA_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float& x = y[m][n][l][j % 2 * 2 + e];
+            const float weight = to_float(weights[e]);
+            // what is not seen may be no number
+            x = weight == 0.f ? 0.f : weight * (x * UNSHIFT - delta.at[e] * UNSHIFT);
+          }
+        }
+      }
+    add_times<T, D, LANES>(s, y, step, from.tile, 16 * step);
+  }
 }
 
 // ---- where the gradients of a target go ----
@@ -216,20 +310,23 @@ MKA_HD Grads<T> grads_of(const MkaBlockAttentionArgs& a, int64_t pair, const Key
           static_cast<T*>(summaries ? a.grad_summary_v : a.grad_v) + at, a.groups * d, min64(a.size, length - keys.row)};
 }
 
+// The rows from `first` on of dV (`values`) or dK.
 template <typename T, int D, int LANES>
-MKA_HD void end_keys(
-    const KeyState<D, LANES>& s, const MkaBlockAttentionArgs& a, const Plan& p, const Item& item, const Keys& keys, int first) {
-  const float scale = static_cast<float>(a.scale);
-  const int64_t kept = keys.count - first;
-  if (item.slot >= 0) {
-    float* to = p.partials + (item.slot * 2 * a.size + first) * D;
-    store_rows<D, LANES>(to, D, s.grad_k, scale, kept, 16);
-    store_rows<D, LANES>(to + a.size * D, D, s.grad_v, 1.f, kept, 16);
-    return;
+MKA_HD void end_keys(const KeyState<D, LANES>& s, const MkaBlockAttentionArgs& a, const Plan& p, const Item& item,
+                     const Keys& keys, int first, bool values) {
+  const float factor = values ? UNSHIFT : static_cast<float>(a.scale);
+MKA_UNROLL
+  for (int m = 0; m < 2; ++m, first += 16) {
+    const int64_t kept = keys.count - first;
+    if (item.slot >= 0) {
+      float* to = p.partials + ((item.slot * 2 + values) * a.size + first) * D;
+      store_rows<D, LANES>(to, D, s.grad[m], factor, kept, 16);
+    } else {
+      const Grads<T> to = grads_of<T>(a, item.pair, keys);
+      store_rows<D, LANES>(
+          (values ? to.v : to.k) + first * to.stride, to.stride, s.grad[m], factor, kept, to.rows - first);
+    }
   }
-  const Grads<T> to = grads_of<T>(a, item.pair, keys);
-  store_rows<D, LANES>(to.k + first * to.stride, to.stride, s.grad_k, scale, kept, to.rows - first);
-  store_rows<D, LANES>(to.v + first * to.stride, to.stride, s.grad_v, 1.f, kept, to.rows - first);
 }
 
 // Four channels of a gradient of a target that has several parts: `unit` of [2, C, d / 4].
