@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from random import Random
 
+from mka_megatron.config.errors import ConfigError
 from mka_megatron.data.tokenizer import Tokenizer
 from mka_megatron.evaluation.language_model import LanguageModel
 from mka_megatron.evaluation.results import Record, Results, run
@@ -54,7 +55,7 @@ class Passkey:
         length: tokens of a prompt, which falls short of it by a few, fewer digits above all.
         distance: smallest number of tokens between the line's end and the prompt's end.
 
-    Raises ValueError when the length leaves no room for the fixed text and the distance.
+    Raises ConfigError when the length leaves no room for the fixed text and the distance.
     """
 
     def __init__(self, count: Count, length: int, distance: int = 0) -> None:
@@ -73,7 +74,7 @@ class Passkey:
         self._nearest = bisect_left(range(most), True, key=far)
         # one repetition more than needed, so that trimming below never shortens the distance
         if self._filler < self._nearest + len(FILLER):
-            raise ValueError(f"length {length} leaves no room for a key {distance} tokens back: give more tokens.")
+            raise ConfigError(f"length {length} leaves no room for a key {distance} tokens back: give more tokens.")
 
     def trial(self, rng: Random, depth: float | None = None) -> Trial:
         """The next trial of `rng`; equal states give equal trials.

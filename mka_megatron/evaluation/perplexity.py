@@ -45,7 +45,7 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
     begin = 1
     while begin < tokens:
         last = min(tokens - 1, (begin - 1) + (length if begin == 1 else stride))
-        yield Window(max(0, last - length), begin, last)
+        yield Window(max(0, begin - 1 + stride - length), begin, last)
         begin = last + 1
 
 
