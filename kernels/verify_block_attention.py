@@ -25,6 +25,7 @@ from verify_recall import Inputs as Recall
 
 from mka_megatron.memory.chunks import Chunks
 from mka_megatron.memory.view import Pages
+from mka_megatron.ops import library
 from mka_megatron.ops.block_attention import block_attention, cuda
 from mka_megatron.ops.block_attention.layout import Layout
 
@@ -117,11 +118,11 @@ def _worst(
 
 
 def kernels(inputs: Inputs) -> dict[str, Callable[..., Tensor]]:
-    """The kernels that run these, by name, as functions with the arguments of block_attention; wgmma: its forward."""
-    device, names = inputs.q.device, ["mma"]
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
-    if hopper and inputs.chunks.size in WGMMA_SIZES:
-        names.append("wgmma")
+    """The kernels that run these, by name, as functions with the arguments of block_attention; wgmma: where there is one."""
+    capability, size = library.capability(inputs.q.device.type), inputs.chunks.size
+    if cuda.lacks(inputs.q.shape[3], size, inputs.q.dtype, capability):
+        return {}
+    names = ["mma", "wgmma"] if capability in (None, (9, 0)) and size in WGMMA_SIZES else ["mma"]
     return {name: partial(_by_kernel, name) for name in names}
 
 
@@ -155,10 +156,10 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
         peers = dict(dense)
         if clock.device.type == "cuda" and slots == GOALS_AT:
             peers["flex"] = _passes(clock, inputs, partial(block_attention, backend="flex"))
-        fastest = float("inf")
+        fastest = None
         for kernel, attend in kernels(inputs).items():
             times = _passes(clock, inputs, attend)
-            fastest = min(fastest, times["forward"])
+            fastest = min(fastest or times["forward"], times["forward"])
             for phase, ms in times.items():
                 flops = PRODUCTS[phase] * cost * pairs
                 rate = None
@@ -168,6 +169,8 @@ def benchmarks(clock: Clock, lengths: Sequence[int]) -> Iterator[Timing]:
                     f"{phase}, {kernel}", slots, ms, 0, {name: each[phase] for name, each in peers.items()}, None,
                     _goal(phase, slots, flops / ms, rate, ms, peers), flops,
                 )  # fmt: skip
+        if fastest is None:
+            continue
         ms = _recall(clock, slots)
         goal = f"goal {RECALL_GOAL} of the forward: {ms / fastest:.3f}, {_met(ms <= RECALL_GOAL * fastest)}"
         yield Timing("recall: pool, codes, top 16", slots, ms, 0, {"forward": fastest}, None, goal)

@@ -223,9 +223,10 @@ def no_cuda(setting: Setting) -> str:
 
 
 def no_kernel(setting: Setting, hopper: bool = False) -> str:
-    lacks = cuda.lacks(setting.head_dim, setting.chunk, getattr(torch, setting.dtype))
+    capability = library.capability(setting.device)
+    lacks = cuda.lacks(setting.head_dim, setting.chunk, getattr(torch, setting.dtype), capability)
     there, why = library.usable(setting.device, lacks)
-    if there and hopper and torch.cuda.get_device_capability()[0] != 9:
+    if there and hopper and capability != (9, 0):
         return "it needs sm_90"
     return "" if there else why
 

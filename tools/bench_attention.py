@@ -40,6 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mka_megatron.ops import library
 from mka_megatron.ops.block_attention import choose, cuda
 from mka_megatron.training.host import use_cores
 from tools.attention_cores import CORES, Core, Setting
@@ -129,7 +130,8 @@ def parse() -> tuple[Setting, list[str], list[int], argparse.Namespace]:
         except ImportError:
             parser.error("--plot needs matplotlib: install it, or leave --plot out")
     try:
-        lacks = cuda.lacks(arguments.head_dim, arguments.chunk, getattr(torch, arguments.dtype))
+        capability = library.capability(arguments.device)
+        lacks = cuda.lacks(arguments.head_dim, arguments.chunk, getattr(torch, arguments.dtype), capability)
         backend = choose(arguments.backend, arguments.device, lacks)
     except ValueError as error:
         parser.error(f"--backend: {error}")

@@ -176,6 +176,14 @@ def test_flops_are_of_the_pairs_that_see_each_other(section: ModuleType, monkeyp
     assert set(forward.peers) == {"SDPA"} and forward.ms > 0 and backward.ms > 0 and recall.case.startswith("recall")
 
 
+def test_which_kernels_run_where(section: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = {size: section.Inputs.draw(CPU, 128, heads=2, groups=1, channels=128, size=size) for size in (64, 128)}
+    for capability, expected in {(8, 0): ["mma"], (8, 6): [], (9, 0): ["mma", "wgmma"]}.items():
+        monkeypatch.setattr(section.library, "capability", lambda device, found=capability: found)
+        assert list(section.kernels(at[128])) == expected
+        assert list(section.kernels(at[64])) == expected[:1], "wgmma has chunks of 128 only"
+
+
 def test_goals_are_told(section: ModuleType) -> None:
     peers = {"cuDNN": {"forward": 10.0}, "flex": {"forward": 1.4}}
     told = section._goal("forward", 131072, 7.4, 10.0, 1.0, peers)
