@@ -35,7 +35,7 @@ FLAGS = (
 )  # fmt: skip
 # what a Hopper kernel is made for, by the low 9 bits of the machine instruction
 INSTRUCTIONS = {0x1F0: "HGMMA", 0x1B4: "UTMALDG"}
-_SLOW = re.compile(r"^.*\(C75(?:08|10)\).*$", re.MULTILINE)
+_SLOW = re.compile(r"^.*(?:\(C7508\)|Potential Performance Loss).*$", re.MULTILINE)
 _HAS = re.compile(r"^mka: '([\w$.]+)' for 'sm_(\w+)' has ([\w ]+)$", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _KERNEL = re.compile(

@@ -232,14 +232,17 @@ __global__ void __launch_bounds__(REDUCE_THREADS) reduce_kernel(const MkaBlockAt
 // ---- all of it ----
 
 template <typename T, int D>
-int launch(const MkaBlockAttentionArgs& a, const Plan& p, bool queries, cudaStream_t stream) {
+int launch(const MkaBlockAttentionArgs& a, const Plan& p, cudaStream_t stream) {
   const int bytes = 4 * tile_bytes<D>, key_bytes = bytes + static_cast<int>(a.size) * (D + STEP / 4) * 4;
-  if (queries) {
-    MKA_TRY(cudaFuncSetAttribute(query_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    query_kernel<T, D><<<static_cast<unsigned>(query_blocks(a)), WARPS * 32, bytes, stream>>>(a, p);
-  }
+  MKA_TRY(cudaFuncSetAttribute(query_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   MKA_TRY(cudaFuncSetAttribute(key_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, key_bytes));
+  query_kernel<T, D><<<static_cast<unsigned>(query_blocks(a)), WARPS * 32, bytes, stream>>>(a, p);
   key_kernel<T, D><<<static_cast<unsigned>(p.item_count), static_cast<unsigned>(a.size * 2), key_bytes, stream>>>(a, p);
+  return launched();
+}
+
+template <typename T>
+int launch_reduce(const MkaBlockAttentionArgs& a, const Plan& p, cudaStream_t stream) {
   if (p.reduction_count) {
     const dim3 grid(static_cast<unsigned>(p.reduction_count), static_cast<unsigned>(reduce_units(a) / REDUCE_THREADS));
     reduce_kernel<T><<<grid, REDUCE_THREADS, 0, stream>>>(a, p);
@@ -248,9 +251,14 @@ int launch(const MkaBlockAttentionArgs& a, const Plan& p, bool queries, cudaStre
 }
 
 template <typename T, int D>
-int on_host(const MkaBlockAttentionArgs& a, const Plan& p, bool queries) {
-  if (queries) queries_on_host<T, D>(a, p);
+int on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
+  queries_on_host<T, D>(a, p);
   keys_on_host<T, D>(a, p);
+  return 0;
+}
+
+template <typename T>
+int reduce_on_host(const MkaBlockAttentionArgs& a, const Plan& p) {
   for (int64_t i = 0; i < p.reduction_count && p.reductions[i].target >= 0; ++i)
     for (int64_t unit = 0; unit < reduce_units(a); ++unit) reduce_unit<T>(a, p, p.reductions[i], unit);
   return 0;
@@ -272,37 +280,47 @@ int on_host(const MkaBlockAttentionArgs& a, const Plan& p, bool queries) {
 
 }  // namespace backward
 
-int backward_mma(const MkaBlockAttentionArgs& a, bool queries, cudaStream_t stream) {
+int backward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
   const Plan p = plan_view(a, true);
-#define MKA_CALL(D) backward::launch<T, D>(a, p, queries, stream)
+#define MKA_CALL(D) backward::launch<T, D>(a, p, stream)
   MKA_BLOCK_DISPATCH(a, MKA_CALL);
 #undef MKA_CALL
+}
+
+int backward_reduce(const MkaBlockAttentionArgs& a, cudaStream_t stream) {
+  const Plan p = plan_view(a, true);
+  return a.dtype == MKA_BF16 ? backward::launch_reduce<__nv_bfloat16>(a, p, stream)
+                             : backward::launch_reduce<__half>(a, p, stream);
 }
 
 }  // namespace block
 }  // namespace mka
 
 int mka_block_attention_backward(const MkaBlockAttentionArgs* args, void* stream) {
+  using namespace mka::block;
   const MkaBlockAttentionArgs& a = *args;
-  if (!mka::block::possible(a)) return MKA_REFUSED;
-  const bool hopper = a.kernel != 1 && mka::block::hopper_backward_possible(a);
+  if (!possible(a)) return MKA_REFUSED;
+  const bool hopper = a.kernel != 1 && hopper_backward_possible(a);
   if (a.kernel == 2 && !hopper) return MKA_REFUSED;
   if (a.batch == 0 || a.slots == 0) return 0;
   const cudaStream_t at = static_cast<cudaStream_t>(stream);
-  int failed = mka::block::enqueue_plan(a, true, at);
-  if (!failed && hopper) failed = mka::block::backward_queries_hopper(a, at);
-  return failed ? failed : mka::block::backward_mma(a, !hopper, at);
+  int failed = enqueue_plan(a, true, at);
+  if (!failed) failed = hopper ? backward_hopper(a, at) : backward_mma(a, at);
+  return failed ? failed : backward_reduce(a, at);
 }
 
 int mka_host_block_attention_backward(const MkaBlockAttentionArgs* args) {
+  using namespace mka::block;
   const MkaBlockAttentionArgs& a = *args;
-  if (!mka::block::possible(a)) return MKA_REFUSED;
-  mka::block::plan_on_host(a, true);
-  const bool hopper = a.kernel == 2;
-  if (hopper)
-    if (const int failed = mka::block::backward_queries_on_host(a)) return failed;
-  const mka::block::Plan p = mka::block::plan_view(a, true);
-#define MKA_CALL(D) mka::block::backward::on_host<T, D>(a, p, !hopper)
-  MKA_BLOCK_DISPATCH(a, MKA_CALL);
+  if (!possible(a)) return MKA_REFUSED;
+  plan_on_host(a, true);
+  const Plan p = plan_view(a, true);
+  const auto products = [&]() -> int {
+    if (a.kernel == 2) return backward_hopper_on_host(a);
+#define MKA_CALL(D) backward::on_host<T, D>(a, p)
+    MKA_BLOCK_DISPATCH(a, MKA_CALL);
 #undef MKA_CALL
+  };
+  if (const int failed = products()) return failed;
+  return a.dtype == MKA_BF16 ? backward::reduce_on_host<__nv_bfloat16>(a, p) : backward::reduce_on_host<__half>(a, p);
 }

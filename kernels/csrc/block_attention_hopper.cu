@@ -21,9 +21,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   // the first warp group plans and fetches; it and the others share 65,536
   constexpr int PLANNER_REGISTERS = 56, ATTENDER_REGISTERS = 224;
-  extern __shared__ unsigned char dynamic[];
-  const uint32_t over = hopper::Gpu::address(dynamic) % hopper::TILE_ALIGN;
-  const Layout<D> shared{dynamic + (over ? hopper::TILE_ALIGN - over : 0)};
+  extern __shared__ __align__(hopper::TILE_ALIGN) unsigned char dynamic[];
+  const Layout<D> shared{dynamic};
   hopper::Gpu gpu;
   if (threadIdx.x == 0) prepare(gpu, shared);
   __syncthreads();
@@ -48,7 +47,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <typename T, int D>
 int launch(const MkaBlockAttentionArgs& a, const Maps<CUtensorMap>& maps, cudaStream_t stream) {
-  constexpr int bytes = Layout<D>::BYTES + hopper::TILE_ALIGN;
+  constexpr int bytes = Layout<D>::BYTES;
   int device = 0, processors = 0;
   MKA_TRY(cudaGetDevice(&device));
   MKA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));

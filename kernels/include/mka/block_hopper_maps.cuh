@@ -80,7 +80,7 @@ inline int encode(Encode function, const hopper::Tensor& t, int64_t dtype, CUten
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(t.channels), static_cast<cuuint64_t>(t.rows),
                                static_cast<cuuint64_t>(t.heads), static_cast<cuuint64_t>(t.batch)};
   const cuuint64_t strides[3] = {bytes(t.row_stride, t.rows), bytes(t.head_stride, t.heads), bytes(t.batch_stride, t.batch)};
-  const cuuint32_t box[4] = {64, TILE_ROWS, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(t.box), 1, 1}, steps[4] = {1, 1, 1, 1};
   const CUresult result =
       function(&map, dtype == MKA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
                const_cast<void*>(t.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -53,6 +53,7 @@ struct QueriesMaps {
 template <int D, typename M>
 MKA_HD void prepare(M& machine, const QueriesLayout<D>& shared) {
   auto& rest = shared.rest();
+  machine.check_tile(shared.base);
   constexpr int warps = GROUPS * hopper::GROUP / 32;
   for (int s = 0; s < PLANS; ++s) {
     machine.init(&rest.planned[s], 1);

@@ -22,18 +22,18 @@ void plan_on_host(const MkaBlockAttentionArgs& a, bool backward);
 // csrc/block_attention_forward.cu, block_attention_backward.cu: behind enqueue_plan on the same stream
 
 int forward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream);
-// `queries`: dQ, the gradient of the bias and the plan's delta too, not dK and dV alone.
-int backward_mma(const MkaBlockAttentionArgs& a, bool queries, cudaStream_t stream);
+int backward_mma(const MkaBlockAttentionArgs& a, cudaStream_t stream);
+// Sums the parts of dK and dV that either backward has left in the workspace.
+int backward_reduce(const MkaBlockAttentionArgs& a, cudaStream_t stream);
 
 // csrc/block_attention_hopper.cu, block_attention_hopper_backward.cu: also for the device that is current
 
 bool hopper_forward_possible(const MkaBlockAttentionArgs& a);
 int forward_hopper(const MkaBlockAttentionArgs& a, cudaStream_t stream);
 int forward_hopper_on_host(const MkaBlockAttentionArgs& a);
-// dQ, the gradient of the bias and the plan's delta.
 bool hopper_backward_possible(const MkaBlockAttentionArgs& a);
-int backward_queries_hopper(const MkaBlockAttentionArgs& a, cudaStream_t stream);
-int backward_queries_on_host(const MkaBlockAttentionArgs& a);
+int backward_hopper(const MkaBlockAttentionArgs& a, cudaStream_t stream);
+int backward_hopper_on_host(const MkaBlockAttentionArgs& a);
 
 }  // namespace block
 }  // namespace mka

@@ -54,6 +54,11 @@ struct Gpu {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   }
 
+  // Stops where a tile does not lie as the swizzle needs it.
+  __device__ static void check_tile(const void* tile) {
+    if (address(tile) % TILE_ALIGN) __trap();
+  }
+
   // ---- barriers in shared memory: a phase ends when `count` arrivals and all expected bytes have come ----
 
   __device__ static void init(uint64_t* barrier, int count) {
@@ -153,6 +158,22 @@ struct Gpu {
                "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " MKA_C64                           \
                ", %64, %65, add, 1, 1, 0, 0;\n}\n"                                                               \
                : MKA_F64(c)                                                                                       \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      MKA_PRODUCT("bf16");
+    else
+      MKA_PRODUCT("f16");
+#undef MKA_PRODUCT
+  }
+
+  // c [64][64] (+)= a [64][16] b [64][16]^T, both by rows_descriptor.
+  template <typename T>
+  __device__ static void product(float (&c)[32][1], uint64_t a, uint64_t b, bool add) {
+#define MKA_PRODUCT(type)                                                                                         \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                   \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " MKA_C32                            \
+               ", %32, %33, add, 1, 1, 0, 0;\n}\n"                                                               \
+               : MKA_F32(c)                                                                                       \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
       MKA_PRODUCT("bf16");

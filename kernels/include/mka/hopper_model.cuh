@@ -26,6 +26,7 @@ struct Tensor {
   const void* base;
   int64_t channels, rows, heads, batch;
   int64_t row_stride, head_stride, batch_stride;  // elements
+  int64_t box = 128;                              // rows; 64 channels
 };
 
 struct Board {
@@ -89,6 +90,9 @@ struct Model {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - board.shared);
   }
 
+  void check_tile(const void* tile) const {
+    if (address(tile) % TILE_ALIGN) throw std::logic_error("a tile is not aligned");
+  }
   void init(uint64_t* barrier, int count) {
     Board::Barrier& b = board.barriers[barrier];
     b.count = b.pending = count;
@@ -140,14 +144,12 @@ struct Model {
   }
 
   static void prefetch(const Map*) {}
-  // A box of 64 channels and 128 rows.
   void load(const Map* map, void* tile, uint64_t* barrier, int channel, int row, int head, int batch) {
-    constexpr int ROWS = 128;
-    if (address(tile) % TILE_ALIGN) throw std::logic_error("a tile is not aligned");
+    check_tile(tile);
     const Tensor t = *map;
     unsigned char* const to = static_cast<unsigned char*>(tile);
     const auto copy = [=] {
-      for (int64_t r = 0; r < ROWS; ++r)
+      for (int64_t r = 0; r < t.box; ++r)
         for (int64_t c = 0; c < 64; ++c) {
           uint16_t x = 0;
           if (row + r >= 0 && row + r < t.rows && channel + c < t.channels)
@@ -156,13 +158,13 @@ struct Model {
           memcpy(to + swizzled_bytes(static_cast<uint32_t>(r * ROW_BYTES + 2 * c)), &x, 2);
         }
     };
-    memset(to, 0xff, ROWS * ROW_BYTES);
+    memset(to, 0xff, t.box * ROW_BYTES);
     if (!board.late) copy();
     const std::lock_guard<std::mutex> held(board.lock);
     Board::Barrier& b = board.barriers.at(barrier);
-    const auto landed = [&b, copy, late = board.late] {
+    const auto landed = [&b, copy, late = board.late, bytes = t.box * ROW_BYTES] {
       if (late) copy();
-      b.bytes -= ROWS * ROW_BYTES;
+      b.bytes -= bytes;
     };
     if (board.late) {
       b.copies.push_back(landed);

@@ -127,6 +127,18 @@ def gradients(case: Case, out: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
+def test_a_target_of_many_visits_is_split() -> None:
+    """So that parts of its gradients are summed; the reference is the peer that can do so many slots."""
+    case = make_case(
+        FULL, [[(3, 0)] * 34], window=34, recalled=0, summaries=False, heads=(1, 1), channels=64, bias="none"
+    ).to(torch.bfloat16)
+    exact = plain(case, torch.float64)
+    direction = some_direction(case)
+    found, wanted = gradients(case, attend(case)[0], direction), gradients(exact, exact.run(), direction)
+    for one, right in zip(found, wanted, strict=True):
+        numerics.assert_same(one, right, 4)
+
+
 @pytest.mark.parametrize("name", ["ragged", "documents", "summaries"])
 def test_padding_may_hold_anything(name: str) -> None:
     case = make(name)
