@@ -132,8 +132,9 @@ MKA_UNROLL_BY(2)
 // 32 rows of its sum, and what it reads of the queries serves twice.
 
 constexpr int SHARE = 32 * STEP / 2;  // words of P, two numbers each, that are handed over
-// P is at most 1, about: as 2^15 P it is told by halves, more exactly than by bf16, down to 2e-9.
-constexpr int SHIFT = 15;
+// P is at most 1, about (a few times that where scores are so large that fp32 is coarse): as 2^12 P it is told by
+// halves, more exactly than by bf16 down to 1e-8.
+constexpr int SHIFT = 12;
 constexpr float UNSHIFT = 1.f / (1 << SHIFT);
 
 template <int D, int LANES>
