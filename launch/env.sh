@@ -45,7 +45,7 @@ install_packages() {
     # torch first, so that a build of that version which is already there or preferred by pip's settings stays
     "${pip[@]}" "$(grep '^torch==' "$ROOT/constraints.txt")" setuptools ninja ||
         fail "pip could not install torch and setuptools; the message above says why."
-    "${pip[@]}" --no-build-isolation -e "$ROOT[test]" ||
+    "${pip[@]}" --no-build-isolation -e "$ROOT[test,evaluation]" ||
         fail "pip could not install the pinned packages; the message above says why."
     printf '%s\n' "$wanted" >"$stamp"
 }

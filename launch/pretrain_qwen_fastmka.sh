@@ -7,5 +7,6 @@
 #   bash launch/pretrain_qwen_fastmka.sh --help                            # every key
 #
 # A second start of the same command resumes. SIGTERM, SIGINT and SIGUSR1 save at the next step and stop.
+set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 exec bash "$here/torchrun.sh" "${CONFIG:-$here/../configs/run/tiny.yaml}" "$@"
