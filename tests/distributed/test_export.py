@@ -24,7 +24,7 @@ from tests.helpers.numerics import assert_as_accurate, assert_bitwise, assert_sa
 
 WORKER = Path(__file__).with_name("export_worker.py")
 VOCAB, HIDDEN, FFN, HEADS, GROUPS, DIM, LAYERS = 200, 64, 96, 8, 4, 16, 2  # the vocabulary is padded to 256
-MODEL = ["model.vocab_size=200", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=8",
+MODEL = ["data.cache_dir=no-cache", "model.vocab_size=200", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=8",
          "model.num_kv_heads=4", "model.head_dim=16", "model.num_layers=2", "model.max_position_embeddings=64",
          "routing.gate_hidden_size=6"]
 L3 = ["memory_hierarchy.l3.enabled=true", "memory_hierarchy.l1.chunk_size=4", "memory_hierarchy.l3.recalled_chunks=2",
