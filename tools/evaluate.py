@@ -100,7 +100,12 @@ def parsed() -> argparse.Namespace:
     command.add_argument(
         "--max-length", type=int, help="tokens of a prompt, more are cut in the middle (default: what the model has room for)"
     )
-    return parser.parse_args()
+    arguments, more = parser.parse_known_args()
+    unknown = [each for each in more if each.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.config += more  # overrides may stand between options
+    return arguments
 
 
 def _command(commands: Any, name: str, what: str, evaluate: Any, check: Any) -> argparse.ArgumentParser:

@@ -96,3 +96,32 @@ def write_ruler_files(directory: Path) -> Path:
     for name, content in (("PaulGrahamEssays", essays), ("squad", squad), ("hotpotqa", hotpot), ("english_words", english)):
         (directory / f"{name}.json").write_text(json.dumps(content))
     return directory
+
+
+class Plain:
+    """A model of transformers asked in the plainest way: whole rows one by one, without a cache."""
+
+    def __init__(self, model: Qwen2ForCausalLM) -> None:
+        self.model, self.positions = model, model.config.max_position_embeddings
+
+    @torch.no_grad()
+    def nll(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        logits = [self.model(torch.tensor([row]), use_cache=False).logits[0, :-1].log_softmax(-1) for row in rows]
+        return [-each[range(len(row) - 1), row[1:]] for each, row in zip(logits, rows, strict=True)]
+
+    @torch.no_grad()
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int] = (), at_least: int = 0
+    ) -> list[list[int]]:
+        continued = []
+        for prompt in prompts:
+            new: list[int] = []
+            while len(new) < max_new_tokens:
+                logits = self.model(torch.tensor([[*prompt, *new]]), use_cache=False).logits[0, -1]
+                if len(new) < at_least:
+                    logits[list(stop)] = -math.inf
+                if (token := int(logits.argmax())) in stop:
+                    break
+                new.append(token)
+            continued.append(new)
+        return continued

@@ -60,5 +60,5 @@ def test_constraints_pin_every_requirement() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.]+( *; *.+)?", pin) for pin in pins)
     names = {re.split("==", pin)[0].lower().replace("_", "-") for pin in pins}
     requirements = re.findall(r'^    "([A-Za-z0-9_.-]+)[<>=~]', (ROOT / "pyproject.toml").read_text(), flags=re.M)
-    requirements += re.findall(r'"(pytest|hypothesis|ruff|mypy|matplotlib)>=', (ROOT / "pyproject.toml").read_text())
+    requirements += re.findall(r'"(pytest|hypothesis|ruff|mypy|matplotlib|rouge|jieba|wonderwords)>=', (ROOT / "pyproject.toml").read_text())
     assert requirements and {name.lower().replace("_", "-") for name in requirements} <= names

@@ -129,6 +129,7 @@ def test_longbench_v2(tool, tmp_path: Path) -> None:
     (("passkey", "--batch", "0"), "--batch is 0"),
     (("passkey", "--recalled", "4"), "--recalled is 4"),
     (("passkey", "attention.variant=gqa"), "add --patch"),
+    (("passkey", "attention.variant=gqa", "--seed", "1", "attention.core=dense", "--patch", "model.x=1"), "model.x"),
     (("longbench", "--data", "nowhere.zip"), "needs narrativeqa.jsonl, which is not in --data nowhere.zip"),
     (("longbench", "--data", "nowhere", "--v2"), "LongBench v2 needs data.json"),
 ])  # fmt: skip
