@@ -282,8 +282,10 @@ class Run:
 
     def _check_vocabulary(self) -> None:
         if self.data.vocab_size > self.model.config.vocab_size:
-            raise refuse("data.tokenizer", self.tokenizer, f"it has {self.data.vocab_size} entries, the model "
-                         f"{self.model.config.vocab_size}; use the model's own (null)")
+            own = self.config.data.tokenizer is None
+            fix = "give the model rows for them (resize_token_embeddings)" if own else "use the model's own (null)"
+            raise refuse("data.tokenizer", self.config.data.tokenizer, f"the tokenizer of {self.tokenizer} has "
+                         f"{self.data.vocab_size} entries, the model {self.model.config.vocab_size}; {fix}")
         if self.model.generation_config.pad_token_id is None:
             self.model.generation_config.pad_token_id = self.eos_id
 
