@@ -17,7 +17,7 @@ from mka_megatron.config.errors import ConfigError, refuse
 from mka_megatron.config.load import load_attention, load_config
 from mka_megatron.config.schema import Config
 from mka_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from mka_megatron.evaluation.language_model import LanguageModel
+from mka_megatron.evaluation.language_model import Begun, LanguageModel
 from tools.megatron_model import built, for_inference, name_of, newest, of_checkpoint, tokenizer_path
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, help="of --hf (default: as saved); else training.precision"
     )
     group.add_argument("--recalled", type=int, metavar="R", help="chunks that L3 recalls (default: the model's own)")
+    group.add_argument(
+        "--no-beginning", action="store_true", help="leave out the tokens that the model's tokenizer puts before a text (Llama's)"
+    )
     group.add_argument("--prefill-slots", type=int, default=1024, help="slots of a forward pass, all rows together")
     group.add_argument("config", nargs="*", help="configuration files and section.key=value overrides")
 
@@ -100,7 +103,8 @@ def _megatron(arguments: argparse.Namespace, files: list[str], overrides: list[s
         }  # fmt: skip
         named = Path(directory).name if checkpoint is None else f"{checkpoint.path.parent.parent.name} at step {checkpoint.step}"
         name = f"{named} ({config.attention.variant})"
-        yield Evaluated(MegatronModel(model, config, topology, store, arguments.prefill_slots), tokenizer, name, identity)
+        asked = MegatronModel(model, config, topology, store, arguments.prefill_slots)
+        yield _begun(asked, arguments, tokenizer, name, identity)
     finally:
         if store is not None:
             store.close()
@@ -143,7 +147,25 @@ def _transformers(arguments: argparse.Namespace, files: list[str], overrides: li
     tokenizer = load_tokenizer(directory, "--hf")
     identity = {"weights": arguments.hf, "of": _print_of(Path(directory)), "precision": str(model.dtype).removeprefix("torch."),
                 "attention": attention, "tokenizer": tokenizer.fingerprint, "back_end": "transformers"}  # fmt: skip
-    return Evaluated(HFModel(model, arguments.prefill_slots), tokenizer, name, identity)
+    return _begun(HFModel(model, arguments.prefill_slots), arguments, tokenizer, name, identity)
+
+
+def _begun(
+    model: LanguageModel, arguments: argparse.Namespace, tokenizer: Tokenizer, name: str, identity: dict[str, Any]
+) -> Evaluated:
+    first = [] if arguments.no_beginning else beginning(tokenizer.name)
+    return Evaluated(Begun(model, first) if first else model, tokenizer, name, identity | {"beginning": first})
+
+
+def beginning(tokenizer: str) -> list[int]:
+    """The ids that the tokenizer of a directory puts before every text by itself; none for SentencePiece's files."""
+    if tokenizer.endswith(".model"):
+        return []
+    from transformers import AutoTokenizer
+
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    whole, bare = loaded("a")["input_ids"], loaded("a", add_special_tokens=False)["input_ids"]
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
 
 def _recalling(config: Config, arguments: argparse.Namespace) -> Config:

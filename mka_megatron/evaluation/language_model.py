@@ -37,3 +37,27 @@ class LanguageModel(Protocol):
             at_least: tokens before which none of `stop` is chosen.
         """
         ...
+
+
+class Begun:
+    """A model that gets the same tokens before every row: those of the beginning, which some models were trained with.
+
+    Args:
+        model: has so many positions more than this one.
+        beginning: at least one token.
+    """
+
+    def __init__(self, model: LanguageModel, beginning: Sequence[int]) -> None:
+        self._model, self._beginning = model, list(beginning)
+        self.positions = model.positions - len(beginning)
+
+    def nll(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """See LanguageModel."""
+        begun = self._model.nll([[*self._beginning, *row] for row in rows])
+        return [costs[len(self._beginning) :] for costs in begun]
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int] = (), at_least: int = 0
+    ) -> list[list[int]]:
+        """See LanguageModel."""
+        return self._model.greedy([[*self._beginning, *prompt] for prompt in prompts], max_new_tokens, stop, at_least)

@@ -10,6 +10,7 @@ import pytest
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.evaluation import perplexity
+from mka_megatron.evaluation.language_model import Begun
 from mka_megatron.evaluation.perplexity import Document, Window, windows
 from mka_megatron.evaluation.results import Results
 from tests.helpers.evaluated import Characters, Counting
@@ -84,3 +85,12 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     evaluated(tmp_path, Counting(SIZE))
     with pytest.raises(ConfigError, match=r"other settings \(stride was 3 and is 2 now\)"):
         evaluated(tmp_path, Counting(SIZE), stride=2)
+
+
+def test_a_beginning_is_given_and_not_scored() -> None:
+    inner = Counting(SIZE, 6)
+    model = Begun(inner, [500, 501])
+    assert model.positions == 4
+    [costs] = model.nll([[10, 11, 20]])
+    assert costs.tolist() == pytest.approx([math.log(2), math.log(2 * SIZE)])
+    assert model.greedy([[7]], 2) == [[8, 9]] and inner.rows == [[500, 501, 10, 11, 20], [500, 501, 7]]

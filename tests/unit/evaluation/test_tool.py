@@ -13,6 +13,7 @@ import pytest
 from mka_megatron.evaluation.ruler import sources
 from mka_megatron.hf.language_model import HFModel
 from tests.helpers.evaluated import tiny_directory
+from tests.helpers.tokenizers import words
 from tests.unit.evaluation.test_longbench import line, zipped
 
 ROOT = Path(__file__).parents[3]
@@ -136,3 +137,11 @@ def test_longbench_v2(tool, tmp_path: Path) -> None:
 def test_refusals_are_one_sentence(tool, tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
     code, out, err = tool(arguments[0], "--out", tmp_path / "out", *arguments[1:])
     assert code == 2 and not out and sentence in err and "Traceback" not in err
+
+
+def test_what_a_tokenizer_puts_before_a_text(tmp_path: Path, directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from tools.evaluated_model import beginning
+
+    assert beginning(directory) == []
+    assert beginning(words(tmp_path, ["<s>", "a", "<eos>"])) == [0]
