@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments, seeds)
     except ConfigError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(error, file=sys.stderr)
-        return 2
+        from mka_megatron.training.__main__ import refused  # a launcher ends all ranks with the first to end
+
+        return refused(error, int(os.environ.get("RANK", 0)), 2)
 
 
 def run(arguments: argparse.Namespace, seeds: tuple[int, ...]) -> int:

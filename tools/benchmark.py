@@ -37,14 +37,20 @@ def main(argv: list[str] | None = None) -> int:
         options = options_of(arguments)
         if not arguments.dry_run:
             return run(arguments, options)
-        for name in types_of(arguments):
-            for length in arguments.seq_length or (None,):
-                print(name, *(f"{key}={value}" for key, value in options.items()), f"length={length}", sep="\t")
+        for length in arguments.seq_length or (None,):
+            for seed in arguments.seeds:
+                for name in types_of(arguments):
+                    print(name, f"seed {seed}", "default length" if length is None else f"length {length}", sep="\t")
     except ConfigError as error:
-        if rank == 0:
-            print(error, file=sys.stderr)
-        return 2
+        return refused(error, rank)
     return 0
+
+
+def refused(error: ConfigError, rank: int) -> int:
+    """Say it once, from rank 0: a launcher ends all ranks with the first, so the others wait for it."""
+    from mka_megatron.training.__main__ import refused as refuse
+
+    return refuse(error, rank, 2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--attention_type", default="all", help=f"all, or some of {', '.join(ALL)} (fmka: fastmka), with commas")
     made.add_argument("--num_groups", type=int, help="key/value heads of the types that have groups")
-    made.add_argument("--batch_size", type=int, help="rows of an optimizer step, over all ranks (default 4)")
+    made.add_argument("--batch_size", type=int, help="rows of an optimizer step, over all ranks (default 2)")
     made.add_argument("--gradient_accumulation_steps", type=int, default=1, help="passes that a rank's rows are cut into")
     made.add_argument("--epochs", type=int, default=1, help="passes over the training rows")
     made.add_argument("--tokens", type=int, default=409_600, help="slots of the training rows (default %(default)s)")
@@ -92,8 +98,10 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def types_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The attention types asked for."""
-    return ALL if arguments.attention_type == "all" else tuple(arguments.attention_type.split(","))
+    """The attention types asked for. Raises ConfigError for one that does not exist."""
+    from mka_megatron.benchmark.settings import attention_type
+
+    return ALL if arguments.attention_type == "all" else tuple(map(attention_type, arguments.attention_type.split(",")))
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

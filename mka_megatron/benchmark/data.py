@@ -18,7 +18,7 @@ from mka_megatron.data.corpus import Corpus
 from mka_megatron.data.loader import ValidBatches, train_batches, valid_batches
 from mka_megatron.data.prepare import Prepared, prepare
 from mka_megatron.parallel.groups import Topology
-from mka_megatron.training.start import rank_0_first
+from mka_megatron.training.start import PeerFailedError, rank_0_first
 
 TOKENS = 409_600
 """Slots of training rows, where nothing else is said."""
@@ -54,10 +54,13 @@ class TrainRows:
 def prepared(config: Config, topology: Topology) -> Prepared:
     """The tokenised data: rank 0 makes what the cache does not hold, the others open it.
 
-    Raises DataError, or PeerFailedError where rank 0 raised that.
+    Raises DataError; on the other ranks too where rank 0 raised it.
     """
     bars = topology.rank == 0 and sys.stderr.isatty()
-    return rank_0_first(lambda: prepare(config.data, vocab_size=config.model.vocab_size, progress=bars), topology)
+    try:
+        return rank_0_first(lambda: prepare(config.data, vocab_size=config.model.vocab_size, progress=bars), topology)
+    except PeerFailedError:
+        raise DataError("rank 0 could not prepare the data; it says why.") from None
 
 
 def get_dataloader(

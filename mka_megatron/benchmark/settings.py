@@ -14,14 +14,14 @@ from mka_megatron.config.load import load_config
 from mka_megatron.config.schema import Config
 
 SHARED = (
-    "model={num_layers: 4, hidden_size: 128, ffn_hidden_size: 352, num_attention_heads: 4, num_kv_heads: 2, head_dim: 32, "
+    "model={num_layers: 2, hidden_size: 128, ffn_hidden_size: 352, num_attention_heads: 4, num_kv_heads: 2, head_dim: 32, "
     "init_std: 0.05}",
     "attention.mla={kv_lora_rank: 32, qk_nope_head_dim: 32, qk_rope_head_dim: 16, v_head_dim: 32}",
     "memory_hierarchy.l1.chunk_size=64",
     "data={train: [stdlib], tokenizer_vocab_size: 1024, sequence_length: 512, valid_fraction: 0.08, "
     "pad_documents_to_chunks: true, workers: 1}",
-    "training={global_batch_size: 4, micro_batch_size: 4, learning_rate: 4e-3, min_learning_rate: 2e-4, warmup_steps: 25, "
-    "eval_batches: 40}",
+    "training={global_batch_size: 2, micro_batch_size: 2, learning_rate: 4e-3, min_learning_rate: 2e-4, warmup_steps: 25, "
+    "eval_batches: 48}",
     "engine.zero_stage=0",
 )
 """The small GPT and its data, where no configuration file says otherwise."""

@@ -29,22 +29,6 @@ def test_step_times_are_ratios_of_equal_models(tmp_path):
     assert all(len(times) == 3 for times in figures["all_seconds"].values())
 
 
-def test_variants_are_tabulated(tmp_path):
-    overrides = [*Workplace(tmp_path).overrides, "training.save_interval=0", "training.eval_interval=0"]
-    names = ["gqa", "mka (score)"]
-    run_tool(
-        "compare_variants", "--steps", 6, "--output", tmp_path / "runs", "--variants", *names, "--", CONFIG, *overrides
-    )
-    rows = json.loads((tmp_path / "runs" / "variants.json").read_text())
-    table = (tmp_path / "runs" / "variants.md").read_text()
-    assert list(rows) == names
-    for name, row in rows.items():
-        assert row["step"] == 6
-        assert f"| {name} | {row['parameters']:,} |" in table
-        assert f"| {row['final']['valid_perplexity']:.2f} |" in table
-    assert rows["mka (score)"]["config"]["attention"]["mixture"] == "score"
-
-
 def test_bytes_between_context_parallel_ranks_are_counted(tmp_path):
     out = tmp_path / "out.json"
     shape = ("--ranks", 3, "--seq", 768, "--chunk", 16, "--window", 32, "--kv-heads", 2, "--head-dim", 8, "--recalled", 2)

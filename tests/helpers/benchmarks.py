@@ -18,4 +18,5 @@ def overrides(cache: Path) -> list[str]:
         "model={num_layers: 2, hidden_size: 64, ffn_hidden_size: 160, num_attention_heads: 4, num_kv_heads: 2, head_dim: 16}",
         "attention.mla={kv_lora_rank: 16, qk_nope_head_dim: 16, qk_rope_head_dim: 8, v_head_dim: 16}",
         "routing.gate_hidden_size=16", "training.eval_batches=4", "training.warmup_steps=2",
+        "training.global_batch_size=4", "training.micro_batch_size=4",
     ]
