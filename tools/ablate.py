@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace, seeds: tuple[int, ...]) -> int:
     names = list(STUDIES) if arguments.study == "all" else arguments.study.split(",")
     planned = {name: cells(name, seeds, arguments.overrides, world_size()) for name in names}
     use_cores(local_ranks())
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else a line for every profile of a token
     topology = world(planned[names[0]][0].config.parallel)
     budget = Budget(arguments.tokens, arguments.epochs, arguments.learning_rate, "valid")
     for name in names:
