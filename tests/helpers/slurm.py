@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -59,15 +60,25 @@ def missing() -> str:
     if not all(shutil.which(name, path=search) for name in PROGRAMS):
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
             return "Slurm is not installed, and only root on Debian or Ubuntu could install it"
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        for command in (
-            ["apt-get", "update"],
-            ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES],
-        ):
-            environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(command, **quiet, env=environment, timeout=300, check=False)  # type: ignore[call-overload]
+        _install()
     absent = [name for name in PROGRAMS if not shutil.which(name, path=search)]
     return f"apt-get could not install {', '.join(absent)}" if absent else ""
+
+
+def _install() -> None:
+    """As far as it goes; what came of it is looked at afterwards."""
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    quick = ["apt-get", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30"]
+    for command in ([*quick, "update"], [*quick, "install", "-y", "--no-install-recommends", *PACKAGES]):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                env=environment,
+                timeout=180,
+                check=False,
+            )
 
 
 class Cluster:
