@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, recalls
-from mka_megatron.training.flops import model_flops, weights
+from mka_megatron.planning.flops import model_flops, weights
 
 _UNFUSED = 3  # kernels of an attention that is not fused: scores, softmax, values
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import AttentionConfig, Config
-from mka_megatron.training.flops import weights
+from mka_megatron.planning.flops import weights
 
 TOLERANCE = 0.01
 """Relative difference in parameters that counts as equal."""

@@ -21,11 +21,12 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"memory", "config"},
     "evaluation": {"memory", "config", "data"},
     "hf": {"attention", "ops", "memory", "config", "data"},
+    "planning": {"attention", "config"},
     "model": {"attention", "parallel", "files", "ops", "memory", "config"},
     "inference": {"model", "attention", "parallel", "ops", "memory", "config"},
     "conversion": {"training", "model", "parallel", "files", "attention", "ops", "memory", "config"},
-    "benchmark": {"training", "inference", "evaluation", "data", "model", "attention", "parallel", "memory", "config"},
-    "training": {"attention", "parallel", "ops", "memory", "config", "model", "data"},
+    "benchmark": {"training", "inference", "evaluation", "data", "model", "attention", "parallel", "planning", "memory", "config"},
+    "training": {"attention", "parallel", "planning", "ops", "memory", "config", "model", "data"},
 }
 MEGATRON = {"model", "parallel"}
 INDEXED_DATASET = "megatron.core.datasets.indexed_dataset"

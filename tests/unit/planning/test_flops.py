@@ -21,7 +21,7 @@ from mka_megatron.config.schema import (
 )
 from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
-from mka_megatron.training.flops import ModelFlops, block_pairs, causal_pairs, model_flops, peak_flops
+from mka_megatron.planning.flops import ModelFlops, block_pairs, causal_pairs, model_flops, peak_flops
 
 QWEN25_7B = ModelConfig(
     num_layers=28,

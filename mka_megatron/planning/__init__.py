@@ -1,0 +1,1 @@
+"""What a run needs: FLOPs, memory, traffic and time, by formula; nothing is built."""
