@@ -1,4 +1,4 @@
-"""Model FLOPs by attention variant, and the peak of known GPUs: pure functions of the configuration.
+"""Model FLOPs by attention variant: pure functions of the configuration.
 
 Counted are the matrix multiplications (2 FLOPs per multiply-add): projections, MLP, gate, output
 layer and the two attention products over exactly the (query, key) pairs that the core visits. Not counted: embedding look-up,
@@ -128,40 +128,3 @@ def _gate(config: Config, kv_heads: int, levels: int) -> int:
     # Per KV head: from its own queries. Per token: from all queries.
     query_channels = model.num_attention_heads * model.head_dim
     return routing.gate_hidden_size * (query_channels + routes * levels)
-
-
-# Dense bf16/fp16 tensor-core peaks in TFLOP/s, from the vendors' data sheets (without sparsity).
-# The first entry whose words are all in the device's name counts: particular names before general ones.
-_PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("H200", 989.4),
-    ("GH200", 989.4),
-    ("H100 NVL", 835.5),
-    ("H100 PCIe", 756.5),
-    ("H100", 989.4),
-    ("H800", 989.4),
-    ("H20", 148.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("A40", 149.7),
-    ("A30", 165.0),
-    ("A10", 125.0),
-    ("L40S", 362.05),
-    ("L40", 181.05),
-    ("L4", 121.0),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-    ("MI325X", 1307.4),
-    ("MI300X", 1307.4),
-    ("MI250X", 191.5),
-)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of the GPU that `torch.cuda.get_device_name` names; None when unknown."""
-    words = device_name.upper().replace("-", " ").split()
-    for name, tera in _PEAK_TFLOPS:
-        if all(word in words for word in name.upper().split()):
-            return tera * 1e12
-    return None

@@ -26,7 +26,8 @@ from mka_megatron.data.prepare import prepare
 from mka_megatron.model.build import build_model
 from mka_megatron.parallel import groups
 from mka_megatron.parallel.groups import Topology
-from mka_megatron.planning.flops import model_flops, peak_flops
+from mka_megatron.planning.cluster import peak_flops
+from mka_megatron.planning.flops import model_flops
 from mka_megatron.training import checkpoint, profile
 from mka_megatron.training.engine import Engine, StepResult, construction_context
 from mka_megatron.training.host import memory_gib

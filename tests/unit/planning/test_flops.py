@@ -21,7 +21,7 @@ from mka_megatron.config.schema import (
 )
 from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
-from mka_megatron.planning.flops import ModelFlops, block_pairs, causal_pairs, model_flops, peak_flops
+from mka_megatron.planning.flops import ModelFlops, block_pairs, causal_pairs, model_flops
 
 QWEN25_7B = ModelConfig(
     num_layers=28,
@@ -162,25 +162,3 @@ def test_per_token_cost_is_what_pytorch_counts_in_the_model(case, topology) -> N
     products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
     counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if op in products)
     assert counted == batch * sequence * model_flops(config, vocab_size).per_token
-
-
-@pytest.mark.parametrize(
-    ("name", "tera"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.5),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L40S", 362.05),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA A40", 149.7),
-    ],
-)
-def test_known_peaks(name: str, tera: float) -> None:
-    assert peak_flops(name) == tera * 1e12
-
-
-def test_unknown_devices_have_no_peak() -> None:
-    assert peak_flops("NVIDIA GeForce GTX 1080") is None
-    assert peak_flops("cpu") is None
