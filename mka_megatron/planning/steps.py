@@ -1,0 +1,30 @@
+"""How an optimizer step is divided: passes, rows and slots of a rank."""
+
+from __future__ import annotations
+
+from mka_megatron.config.schema import Config
+from mka_megatron.planning.memory import Layout
+
+
+def segments_per_step(config: Config) -> int:
+    """Forward and backward passes over a sample in one optimizer step: 1 without segments."""
+    training = config.training
+    if training.segment_length is None:
+        return 1
+    return training.segments_per_step or config.data.sequence_length // training.segment_length
+
+
+def slots_per_pass(config: Config) -> int:
+    """Slots of a row in one pass, over all context-parallel ranks."""
+    return config.training.segment_length or config.data.sequence_length
+
+
+def passes(config: Config, layout: Layout) -> int:
+    """Forward and backward passes of a rank in one optimizer step."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * layout.data) * segments_per_step(config)
+
+
+def tokens_per_step(config: Config) -> int:
+    """Slots of all ranks in one optimizer step."""
+    return config.training.global_batch_size * slots_per_pass(config) * segments_per_step(config)
