@@ -293,6 +293,12 @@ class TrainingConfig:
     """Global gradient norm limit; 0 turns clipping off."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: nothing, the attention cores, or whole layers."""
+    logits_tile: int | None = None
+    """Tokens of a rank's micro-batch whose logits are computed at a time, and again in the backward pass; null: all at
+    once, kept."""
+    mlp_tile: int | None = None
+    """Tokens of a rank's micro-batch that go through an MLP at a time, and again in the backward pass; null: all at
+    once."""
     seed: int = 1234
     """Seed of initial weights and data order."""
     deterministic: bool = False

@@ -40,7 +40,7 @@ LIMITS: dict[str, int | None] = {
     "memory_hierarchy.l3.recalled_chunks": 1, "memory_hierarchy.l3.hash_bits": 64,
     "memory_hierarchy.l3.hash_tables": 1, "memory_hierarchy.l3.hash_seed": 0, "memory_hierarchy.l3.hbm_pool_gib": 0,
     "memory_hierarchy.l3.dram_pool_gib": None, "memory_hierarchy.l3.ssd_pool_gib": None,
-    "training.segment_length": 1, "training.segments_per_step": 1,
+    "training.segment_length": 1, "training.segments_per_step": 1, "training.logits_tile": 1, "training.mlp_tile": 1,
     "parallel.tensor_parallel": 1, "parallel.context_parallel": 1, "parallel.pipeline_parallel": 1,
     "parallel.data_parallel": 1,
     "data.tokenizer_vocab_size": 257, "data.workers": 1, "data.sequence_length": 2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +17,7 @@ from mka_megatron.memory.view import History, NoHistory
 from mka_megatron.model.core_attention import VariantCore
 from mka_megatron.model.inputs import AttentionInputs, GenerationInputs
 from mka_megatron.model.rope import RotaryTable
+from mka_megatron.model.tiles import TokenLosses
 from mka_megatron.parallel.context import RankHistory
 from mka_megatron.parallel.exchange import Traffic
 from mka_megatron.parallel.groups import Topology
@@ -38,6 +38,8 @@ class GPT(GPTModel):
             pg_collection=topology.groups,
         )
         self.real_vocab_size = vocab_size
+        holder = self.embedding.word_embeddings if run.model.tie_embeddings else self.output_layer
+        self.token_losses = TokenLosses(self.output_layer, holder, vocab_size, run.training.logits_tile)
         self.rope = rope
         self.traffic = [Traffic() for _ in range(run.model.num_layers)]
         """Bytes that each layer sent to other context-parallel ranks so far."""
@@ -66,17 +68,11 @@ class GPT(GPTModel):
         inputs = AttentionInputs(
             documents=documents, cos=cos, sin=sin, rope=self.rope, chunks=chunks, history=history,
         )
-        out = super().forward(
-            input_ids=tokens,
-            position_ids=documents.positions,
-            attention_mask=None,
-            labels=None if labels is None else labels.clamp(min=0),
-            packed_seq_params=inputs,
-            runtime_gather_output=labels is None,
-        )
+        hidden = self.embedding(input_ids=tokens, position_ids=documents.positions)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=inputs)
         if labels is None:
-            return out[..., : self.real_vocab_size]
-        return out.masked_fill(labels < 0, 0.0)
+            return self._logits(hidden)
+        return self.token_losses(hidden, labels.clamp(min=0)).masked_fill(labels < 0, 0.0)
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, generation: Generation, valid: Tensor | None = None, last: bool = False) -> Tensor:
@@ -102,22 +98,13 @@ class GPT(GPTModel):
             ends = slots[-1:].expand(len(tokens)) if valid is None else torch.where(valid, slots, 0).amax(dim=1)
             # [T,B,h] -> [1,B,h]
             hidden = hidden[ends, torch.arange(len(tokens), device=tokens.device)][None]
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[S/P,B,h] -> [B,S,vocab_size], gathered over tensor-parallel ranks."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=True)
         return logits.transpose(0, 1)[..., : self.real_vocab_size]
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [B,S], logits [S,B,V/tp] -> nll [B,S]; padded vocabulary entries take no probability."""
-        local = logits.shape[-1]
-        real = min(local, max(0, self.real_vocab_size - self.pg_collection.tp.rank() * local))
-        if real < local:
-            padding = torch.arange(local, device=logits.device) >= real
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        if self.pg_collection.tp.size() == 1:
-            # [S,B,V] -> [S*B,V]: one fused op instead of the vocabulary-parallel sequence
-            nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.transpose(0, 1).flatten(), reduction="none")
-            return nll.view(logits.shape[:2]).transpose(0, 1)
-        return super().compute_language_model_loss(labels, logits)
 
     def route_statistics(self) -> list[tuple[Tensor, Tensor]]:
         """Per gated layer, of the last forward: (mean share of each level [L], mean entropy in nats), detached."""

@@ -18,6 +18,7 @@ from mka_megatron.model.latent_attention import LatentSelfAttention
 from mka_megatron.model.norm import HeadNorm, RMSNorm
 from mka_megatron.model.self_attention import GroupedSelfAttention
 from mka_megatron.model.swiglu import SwiGLU
+from mka_megatron.model.tiles import TiledLayer
 
 
 def block_spec(config: Config) -> TransformerBlockSubmodules:
@@ -30,24 +31,23 @@ def layer_spec(config: Config) -> ModuleSpec:
     """One pre-norm layer with SwiGLU and the attention that `attention.variant` names."""
     backend = LocalSpecProvider()
     variant = VARIANTS[config.attention.variant]
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=_ATTENTION[variant.projection](config, variant, backend),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=backend.column_parallel_linear(),
-                    linear_fc2=backend.row_parallel_linear(),
-                    activation_func=SwiGLU,
-                ),
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
+    parts = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=_ATTENTION[variant.projection](config, variant, backend),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp_bda=get_bias_dropout_add,
     )
+    mlp = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(),
+        linear_fc2=backend.row_parallel_linear(),
+        activation_func=SwiGLU,
+    )
+    tile = config.training.mlp_tile
+    if tile is not None:
+        return ModuleSpec(module=TiledLayer, params={"mlp": mlp, "tile": tile}, submodules=parts)
+    parts.mlp = ModuleSpec(module=MLP, submodules=mlp)
+    return ModuleSpec(module=TransformerLayer, submodules=parts)
 
 
 def _grouped(config: Config, variant: Variant, backend: LocalSpecProvider) -> ModuleSpec:

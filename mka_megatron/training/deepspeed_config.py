@@ -140,6 +140,8 @@ def _zero(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any]:
             zero["sub_group_size"] = _NVME_SUB_GROUP_ELEMENTS
     if engine.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it would replace torch.nn.functional.linear for good
+        if config.training.mlp_tile is not None:
+            zero["leaf_module"] = {"classes": ["TiledMLP"]}  # its weights are gathered once, not for every tile
     if engine.offload_param != "none":
         zero["offload_param"] = {"device": engine.offload_param, "pin_memory": on_cuda}
         if engine.offload_param == "nvme":
