@@ -96,6 +96,8 @@ class Cluster:
     """Of a node; None: not known, so not checked."""
     ssd_bytes: int | None = None
     """Likewise, free for this run."""
+    reserves: bool = True
+    """Leave some of each memory to what the plan does not count; False: only what cannot fit at all is refused."""
 
     @property
     def world_size(self) -> int:
@@ -115,9 +117,9 @@ class Cluster:
     @property
     def device_reserve(self) -> int:
         """Of that, not for the plan: context, NCCL, gaps."""
-        return 0 if self.on_cpu else int((_DEVICE_GIB + _GAPS * self.gpu.memory_gib) * GIB)
+        return 0 if self.on_cpu or not self.reserves else int((_DEVICE_GIB + _GAPS * self.gpu.memory_gib) * GIB)
 
     @property
     def dram_reserve(self) -> int:
         """Of a node's memory, not for the plan: the processes themselves."""
-        return int(_PROCESS_GIB * GIB) * self.per_node
+        return int(_PROCESS_GIB * GIB) * self.per_node if self.reserves else 0

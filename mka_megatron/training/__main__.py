@@ -22,6 +22,7 @@ _OPTIONS = """
 options:
   --help, -h        this text
   --print-config    print the merged configuration as YAML and exit
+  --no-plan         start even a run that by plan does not fit into this host's memory and disk
 
 Exit codes: 0 finished, or interrupted and saved; 1 failed; 2 wrong configuration, data or checkpoint.
 SIGTERM, SIGINT and SIGUSR1 finish the step, save a checkpoint and exit with 0; the same command goes on.
@@ -44,6 +45,16 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         return 0
+    if "--no-plan" not in arguments:
+        from mka_megatron.training.capacity import check_capacity
+
+        try:
+            check_capacity(config)
+        except ConfigError as error:
+            code = refused(error, rank, 2)
+            if rank:  # rank 0, whose host has more, did not end this one
+                print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+            return code
     return run(config, rank)
 
 
@@ -52,7 +63,7 @@ def parse(arguments: list[str]) -> Config:
     paths: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
-        if argument == "--print-config":
+        if argument in ("--print-config", "--no-plan"):
             continue
         if argument.startswith("-"):
             raise ConfigError(f"{argument} is not an option; write section.key=value, or see --help.")
