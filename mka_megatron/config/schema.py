@@ -313,6 +313,8 @@ class TrainingConfig:
     """Steps between checkpoints; 0: only at the end and on a signal."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed once a newer one is published."""
+    async_save: bool = False
+    """Go on training while a thread writes the checkpoint, from one copy of the rank's files in host memory."""
     segment_length: int | None = None
     """Block core: slots of a sample processed at a time, a multiple of chunk_size; earlier segments are seen
     through their summaries and recalled chunks, without gradient. null: the whole sample at once."""

@@ -421,6 +421,9 @@ def _check_engine(config: Config) -> None:
     if engine.nvme_path is None and "nvme" in (engine.offload_optimizer, engine.offload_param):
         key = "offload_optimizer" if engine.offload_optimizer == "nvme" else "offload_param"
         raise refuse(f"engine.{key}", "nvme", "it needs a directory; set engine.nvme_path")
+    if config.training.async_save and "nvme" in (engine.offload_optimizer, engine.offload_param):
+        raise refuse("training.async_save", True, "it keeps a copy of the rank's states in host memory, which offload to nvme is "
+                     "there to save; set it to false")
     if engine.initial_loss_scale_power > 32:
         raise refuse("engine.initial_loss_scale_power", engine.initial_loss_scale_power, "it must be at most 32")
 
