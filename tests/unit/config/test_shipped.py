@@ -1,18 +1,16 @@
-"""The YAML files of configs/: they load, they say what was published, and no edit of them ends in a traceback."""
+"""The YAML files of configs/: they load, and they say what was published."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from mka_megatron.config.fields import annotation_at, kind, type_hints
+from mka_megatron.config.fields import annotation_at, kind
 from mka_megatron.config.fine_tune import load_fine_tune
-from mka_megatron.config.load import ConfigError, load_config
-from mka_megatron.config.schema import Config, RopeConfig
+from mka_megatron.config.load import load_config
+from mka_megatron.config.schema import RopeConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FINE_TUNING = sorted(CONFIGS.glob("*_fastmka.yaml"))
@@ -36,6 +34,33 @@ def test_every_fine_tuning_file_loads(path: Path) -> None:
 def test_run_files_fit_their_machines(name: str, world_size: int) -> None:
     variant = load_config(CONFIGS / f"run/{name}.yaml", world_size=world_size).attention.variant
     assert variant == ("blockmka" if name == "tiny-256k" else "fastmka")
+
+
+LONG = [(model, context) for model in ("qwen2.5-7b", "qwen2.5-14b", "llama-3.1-8b") for context in ("64k", "128k", "256k")]
+
+
+@pytest.mark.parametrize(("model", "context"), LONG, ids=["_".join(each) for each in LONG])
+@pytest.mark.parametrize("world_size", [8, 16, 32, 64, 128, 256])
+def test_recipes_fit_every_number_of_nodes(model: str, context: str, world_size: int) -> None:
+    path = CONFIGS / f"run/{model}_{context}.yaml"
+    config = load_config(path, world_size=world_size)
+    assert config.data.sequence_length == 1024 * int(context[:-1]) <= config.model.max_position_embeddings
+    assert config.attention.core == ("dense" if context == "64k" else "block")
+    assert path.stem in config.training.output_dir
+    for other, core in (("fastmka-dense", "dense"), ("fastmka-block-long", "block")):
+        assert load_config([path, CONFIGS / f"attention/{other}.yaml"], world_size=world_size).attention.core == core
+
+
+@pytest.mark.parametrize(("model", "context"), LONG, ids=["_".join(each) for each in LONG])
+def test_recipes_reach_their_length(model: str, context: str) -> None:
+    """By the factor over what the weights were trained on; Llama 3.1's factor of 8 is published for 16 times its 8K."""
+    config = load_config(CONFIGS / f"run/{model}_{context}.yaml")
+    rope, length = config.model.rope, config.data.sequence_length
+    if model == "llama-3.1-8b":
+        assert (rope.scaling, rope.original_max_position) == ("llama3", 8192)
+        assert rope.factor == max(8, 8 * length / 131072)
+    else:
+        assert (rope.scaling, rope.original_max_position, rope.factor) == ("yarn", 32768, length / 32768)
 
 
 @pytest.mark.parametrize("variant", [f.stem for f in (CONFIGS / "attention").glob("*.yaml")])
@@ -66,74 +91,3 @@ def test_llama_rope_as_published() -> None:
     rope = load_config(CONFIGS / "model/llama-3.1-8b.yaml").model.rope
     assert rope == RopeConfig(theta=500000.0, scaling="llama3", factor=8.0, original_max_position=8192,
                               low_freq_factor=1.0, high_freq_factor=4.0)
-
-
-VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 64, 1000003, 10**25, 0.5, -2.5, 1e-30, float("nan"), float("inf"), "",
-          "x", "none", "gqa", "1e-3", "9" * 500, "\x07", "a\nb", "../base.yaml", [], [1, 2], ["a"], [[1]], [{"path": "q"}],
-          {}, {"a": 1}, {"path": "q"}, {1: 2}, {None: None}]
-
-
-def mutate(tree: dict[str, Any], rng: random.Random) -> None:
-    """One edit somewhere in the tree, in place: replace, delete, misspell, duplicate elsewhere, or add a key."""
-    node: Any = tree
-    hint: Any = Config
-    while True:
-        below = [key for key, value in node.items() if isinstance(value, dict) and value]
-        if not below or rng.random() < 0.3:
-            break
-        key = rng.choice(below)
-        hint = type_hints(hint).get(key) if hint is not None and hasattr(hint, "__dataclass_fields__") else None
-        node = node[key]
-    keys = list(node)
-    edit = rng.choice(["replace", "delete", "misspell", "known", "unknown"])
-    if edit == "known" and hasattr(hint, "__dataclass_fields__"):
-        node[rng.choice(list(type_hints(hint)))] = rng.choice(VALUES)
-    elif edit == "unknown" or not keys:
-        node[rng.choice(["zzz", "base", "model", "hbm_enabled", "dram_staging", "", "a.b", "é"])] = rng.choice(VALUES)
-    elif edit == "replace":
-        node[rng.choice(keys)] = rng.choice(VALUES)
-    else:
-        key = rng.choice(keys)
-        value = node.pop(key)
-        if edit == "misspell":
-            text = str(key)
-            at = rng.randrange(len(text) + 1)
-            node[text[:at] + rng.choice("xs_") + text[at + rng.randrange(2):]] = value
-
-
-@pytest.mark.parametrize("block", range(10))
-def test_three_hundred_edits_are_valid_or_refused_in_one_sentence(block: int, tmp_path: Path) -> None:
-    refused = 0
-    for seed in range(30 * block, 30 * block + 30):
-        rng = random.Random(seed)  # noqa: S311
-        source = rng.choice(FILES)
-        tree = yaml.safe_load(source.read_text())
-        base = tree.pop("base", [])
-        for _ in range(rng.randint(1, 2)):
-            mutate(tree, rng)
-        if base and "base" not in tree:
-            tree["base"] = [str(source.parent / name) for name in base]
-        path = tmp_path / f"{seed}.yaml"
-        path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
-        try:
-            load_config(path, world_size=rng.choice([1, 8]))
-        except ConfigError as error:
-            refused += 1
-            text = str(error)
-            assert text.endswith(".") and text.isprintable() and "\n" not in text and len(text) < 1000, (seed, text)
-    assert refused > 5
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_damaged_text_is_valid_or_refused_in_one_sentence(seed: int, tmp_path: Path) -> None:
-    rng = random.Random(seed)  # noqa: S311
-    path = tmp_path / "damaged.yaml"
-    for source in FILES:
-        text = list(source.read_text())
-        for _ in range(rng.randint(1, 4)):
-            text[rng.randrange(len(text))] = rng.choice("{}[]:&*!|>%@`\t\"'#,?-\x00é\n 9")
-        path.write_text("".join(text), encoding="utf-8")
-        try:
-            load_config(path)
-        except ConfigError as error:
-            assert str(error).endswith(".") and "\n" not in str(error), str(error)
