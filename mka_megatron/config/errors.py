@@ -12,7 +12,7 @@ def show(value: object) -> str:
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
     elif isinstance(value, str):
-        text = value if value.isprintable() and value else repr(value)
+        text = value if value.isprintable() and value and value == value.strip() else repr(value)
     else:
         text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -7,7 +7,8 @@ the next file, the overrides. Mappings merge, everything else (lists too) replac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from mka_megatron.config.hf_sections import PLACEMENT, SECTIONS
 from mka_megatron.config.schema import Config
 from mka_megatron.config.typed import COMMAND_LINE, Origins, typed
 from mka_megatron.config.validate import check_files, validate, validate_architecture
-from mka_megatron.config.yaml_text import parse_yaml
+from mka_megatron.config.yaml_text import DEEPEST, LONGEST_TEXT, parse_yaml
 
 __all__ = ["ConfigError", "load_attention", "load_config"]
 
-MAX_FILE_BYTES = 1 << 20
+MOST_FILES = 100
+"""Files of a configuration, each counted as often as it is named."""
 
 
 def load_config(paths: str | Path | Sequence[str | Path] = (), overrides: Sequence[str] = (),
@@ -72,55 +74,67 @@ def merge_layers(paths: str | Path | Sequence[str | Path], overrides: Sequence[s
     merged: dict[str, Any] = {}
     origins: Origins = {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for origin, layer in _file_layers(Path(path), ()):
+        for origin, layer in _file_layers(Path(path), (), count(1)):
             _merge(merged, normalise(layer, origin, root), origin, origins)
     for override in overrides:
         _merge(merged, normalise(_parse_override(override), COMMAND_LINE, root), COMMAND_LINE, origins)
     return merged, origins
 
 
-def _file_layers(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """The file's bases, then the file, each with its name; `parents` are the files that led here."""
-    wanted_by = f", named by base in {parents[-1]}" if parents else ""
-    try:
-        if not path.is_file():
-            what = "is a directory" if path.is_dir() else "does not exist"
-            raise ConfigError(f"Configuration file {show(str(path))}{wanted_by} {what}; give the path of a YAML file.")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"Configuration file {path}{wanted_by} is larger than 1 MiB; give the path of a YAML file.")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"Configuration file {show(str(path))}{wanted_by} cannot be read: {reason}; "
-                          "give the path of a YAML file.") from None
+def _file_layers(path: Path, parents: tuple[Path, ...], files: Iterator[int]) -> list[tuple[str, dict[str, Any]]]:
+    """The file's bases, then the file, each with its name; `parents` are the files that led here, `files` counts all."""
+    name = _name(path)
+    wanted_by = f", named by base in {_name(parents[-1])}" if parents else ""
+    text = _text(path, f"Configuration file {name}{wanted_by}")
     if path.resolve() in (parent.resolve() for parent in parents):
-        chain = " -> ".join(str(p) for p in (*parents, path))
-        raise ConfigError(f"base in {parents[-1]} makes a circle ({chain}); remove one of these base entries.")
-    layer = parse_yaml(text, str(path))
+        raise ConfigError(f"base in {_name(parents[-1])} makes a circle back to {name}; remove one of the base entries between.")
+    if next(files) > MOST_FILES:
+        raise ConfigError(f"Configuration file {name}{wanted_by} is one of more than {MOST_FILES} that base entries lead to; "
+                          "write fewer.")
+    layer = parse_yaml(text, name)
     layer = {} if layer is None else layer
     if not isinstance(layer, dict):
-        raise ConfigError(f"Configuration file {path} holds {show(layer)}, not sections such as `model:`; "
+        raise ConfigError(f"Configuration file {name} holds {show(layer)}, not sections such as `model:`; "
                           "write it as a mapping.")
     bases = layer.pop("base", None)
     bases = [] if bases is None else [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"base in {path} is {show(bases)}: it must be a file name or a list of file names.")
+        raise ConfigError(f"base in {name} is {show(bases)}: it must be a file name or a list of file names.")
     layers: list[tuple[str, dict[str, Any]]] = []
     for base in bases:
-        layers += _file_layers(path.parent / base, (*parents, path))
-    return [*layers, (str(path), layer)]
+        layers += _file_layers(path.parent / base, (*parents, path), files)
+    return [*layers, (name, layer)]
+
+
+def _text(path: Path, what: str) -> str:
+    """The UTF-8 text of a file of ordinary size; ConfigError begins with `what`."""
+    fix = "give the path of a YAML file"
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{what} {'is a directory' if path.is_dir() else 'does not exist'}; {fix}.")
+        if path.stat().st_size > 4 * LONGEST_TEXT:
+            raise ConfigError(f"{what} has {path.stat().st_size} bytes, too many for a configuration; {fix}.")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read: {error.strerror}; {fix}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} cannot be read: it is not UTF-8 text; {fix}.") from None
+
+
+def _name(path: Path) -> str:
+    """The path for a message: printable, its end where it is long."""
+    text = str(path) if str(path).isprintable() else repr(str(path))
+    return text if len(text) <= 120 else f"...{text[-117:]}"
 
 
 def _parse_override(override: str) -> dict[str, Any]:
     """`a.b=value` as {"a": {"b": value}}."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
-    if not equals or not all(names):
+    if not equals or not all(names) or len(names) > DEEPEST:
         raise ConfigError(f"Argument {show(override)} is not an override: write section.key=value, "
                           "for example training.steps=100.")
-    value = parse_yaml(text, f"The value of {key}")
+    value = parse_yaml(text, f"The value of {show(key)}")
     for name in reversed(names):
         value = {name: value}
     return value

@@ -33,9 +33,8 @@ def typed_as(root: type[T], merged: dict[str, Any], origins: Origins) -> T:
     """The same for another schema whose sections are `root`'s."""
     try:
         text = json.dumps(merged)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"A value is not plain YAML ({error}); use numbers, strings, true, false, null and "
-                          "lists of them.") from None
+    except (TypeError, ValueError, RecursionError):
+        raise _unreadable(origins) from None
     try:
         return _adapter(cast(Any, root)).validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as error:
@@ -45,6 +44,8 @@ def typed_as(root: type[T], merged: dict[str, Any], origins: Origins) -> T:
 
 def _sentence(problem: str, location: tuple[str | int, ...], value: Any, origins: Origins, root: type) -> ConfigError:
     """pydantic's first complaint as our sentence."""
+    if problem == "json_invalid":
+        return _unreadable(origins)
     key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".")
     names = tuple(step for step in location if isinstance(step, str))
     origin = next((origins[names[:n]] for n in range(len(names), 0, -1) if names[:n] in origins), COMMAND_LINE)
@@ -52,10 +53,13 @@ def _sentence(problem: str, location: tuple[str | int, ...], value: Any, origins
         return ConfigError(f"{show(key)} in {origin} is not a configuration key; {_suggestion(location, root)}.")
     if problem == "missing":
         return ConfigError(f"{key} is missing in {origin}; add it.")
-    hint = annotation_at(location, root)
-    if hint is None:
-        return ConfigError(f"The configuration cannot be parsed as JSON at {key or 'its top'}; simplify that value.")
-    return ConfigError(f"{key} is {show(value)} in {origin}: it must be {kind(hint)}.")
+    return ConfigError(f"{key} is {show(value)} in {origin}: it must be {kind(annotation_at(location, root))}.")
+
+
+def _unreadable(origins: Origins) -> ConfigError:
+    """For what JSON does not hold; YAML files have nothing of that kind."""
+    return ConfigError(f"A value in {' or '.join(dict.fromkeys(origins.values())) or COMMAND_LINE} is not plain JSON; use numbers, "
+                       "text, true, false, null, and lists and objects of them, not too deep.")
 
 
 def _suggestion(location: tuple[str | int, ...], root: type) -> str:

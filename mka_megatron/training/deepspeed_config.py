@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.errors import ConfigError, show
 from mka_megatron.config.schema import Config
 from mka_megatron.training.segments import segments_per_step
 
@@ -180,6 +180,7 @@ def _read(path: str) -> dict[str, Any]:
 def _merge(ours: dict[str, Any], user: dict[str, Any], path: str) -> dict[str, Any]:
     merged = json.loads(json.dumps(ours))
     for key, value in _leaves(user):
+        _check_shape(merged, key, value, path)
         if value == "auto":  # the Hugging Face convention for "derive it": ours where we have it, else the default
             continue
         if key == "optimizer.type" and value == "AdamW":
@@ -204,6 +205,17 @@ def _merge(ours: dict[str, Any], user: dict[str, Any], path: str) -> dict[str, A
             )
         _set(merged, key, value)
     return merged
+
+
+def _check_shape(merged: dict[str, Any], key: str, value: Any, path: str) -> None:
+    """Refuse a section that is one value, and a value that is a section. Raises ConfigError."""
+    if isinstance(_lookup(merged, key), dict):
+        raise ConfigError(f"engine.deepspeed_config: {path} sets {show(key)} to {show(value)}, but it is a section; write it as "
+                          "an object.")
+    *parents, _ = key.split(".")
+    for name in (".".join(parents[: n + 1]) for n in range(len(parents))):
+        if not isinstance(_lookup(merged, name), dict | type(None)):
+            raise ConfigError(f"engine.deepspeed_config: {path} sets {show(key)}, but {name} is one value; write it without an object.")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -54,6 +54,15 @@ def test_a_base_may_be_shared_but_not_circular(tmp_path: Path) -> None:
     assert "circle" in text and "y.yaml" in text and "remove" in text
 
 
+def test_bases_must_not_multiply(tmp_path: Path) -> None:
+    """Thirty files that each name the next one twice would be a billion layers."""
+    for at in range(30):
+        write(tmp_path, f"{at}.yaml", f"base: [{at + 1}.yaml, {at + 1}.yaml]")
+    write(tmp_path, "30.yaml", "training: {steps: 70}")
+    text = sentence(tmp_path / "0.yaml")
+    assert "30.yaml" in text and "more than 100" in text
+
+
 @pytest.mark.parametrize(("text", "parts"), [
     ("base: nowhere.yaml", ("nowhere.yaml", "named by base", "does not exist")),
     ("base: 3", ("base in", "3", "file name")),
@@ -66,8 +75,13 @@ def test_a_base_may_be_shared_but_not_circular(tmp_path: Path) -> None:
     ("model: !!python/object:os.system {}", ("not valid YAML",)),
     ("? [a]\n: b", ("not valid YAML",)),
     ("[" * 5000, ("not valid YAML",)),
-    ("training: {steps: !!binary aGk=}", ("plain YAML",)),
-    ("training: !!set {steps}", ("plain YAML",)),
+    ("training: {steps: !!binary aGk=}", ("line 1", "tags")),
+    ("training: !!set {steps}", ("line 1", "tags")),
+    ("training: {steps: !!bool x}", ("line 1", "tags")),
+    ("a: 0x" + "f" * 6000, ("line 1", "6002 digits")),
+    ('a: "\\ud800"', ("line 1", "surrogate")),
+    ("training: {steps: 0100}", ("training.steps is 0100", "an integer")),
+    ("training: {steps: 1:30}", ("training.steps is 1:30", "an integer")),
 ])
 def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
     message = sentence(write(tmp_path, "bad.yaml", text))
@@ -81,8 +95,10 @@ def test_missing_unreadable_and_odd_files(tmp_path: Path) -> None:
     assert "UTF-8" in sentence(tmp_path / "latin.yaml")
     (tmp_path / "nul.yaml").write_bytes(b"a: \x00")
     assert "not valid YAML" in sentence(tmp_path / "nul.yaml")
-    (tmp_path / "big.yaml").write_bytes(b"#" * (1 << 21))
-    assert "1 MiB" in sentence(tmp_path / "big.yaml")
+    (tmp_path / "big.yaml").write_bytes(b"#" * (1 << 19))
+    assert "524288 bytes, too many" in sentence(tmp_path / "big.yaml")
+    (tmp_path / "long.yaml").write_bytes(b"#" * (1 << 17))
+    assert "has 131072 characters" in sentence(tmp_path / "long.yaml")
     assert "does not exist" in sentence("/dev/zero")  # not a regular file: never read
     assert "does not exist" in sentence("a\0b")
 
@@ -121,6 +137,7 @@ def test_missing_unreadable_and_odd_files(tmp_path: Path) -> None:
     ("training.steps", ("training.steps", "section.key=value")),
     ("=3", ("section.key=value",)),
     ("training..steps=3", ("section.key=value",)),
+    (".".join(["a"] * 3000) + "=3", ("a.a.a.", "section.key=value")),
     ("training.steps={", ("training.steps", "not valid YAML")),
 ])
 def test_a_bad_override_is_one_sentence(override: str, parts: tuple[str, ...]) -> None:
