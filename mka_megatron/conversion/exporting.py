@@ -23,7 +23,6 @@ from mka_megatron.config.to_hf import plain_config
 from mka_megatron.config.typed import typed
 from mka_megatron.config.variants import effective_kv_heads
 from mka_megatron.conversion.publish import check_output, published
-from mka_megatron.conversion.shards import Shards
 from mka_megatron.conversion.stream import DTYPES, Mover, Progress, quiet, write_tensors
 from mka_megatron.conversion.tokenizing import Tokenizer, find_tokenizer
 from mka_megatron.files import manifest
@@ -34,6 +33,7 @@ from mka_megatron.files.source import CONFIG, INDEX, SINGLE
 from mka_megatron.memory import hashing
 from mka_megatron.model.hf_table import HFTensor, hf_table, hf_tensors
 from mka_megatron.training.manifest import Checkpoint, CheckpointError, verify
+from mka_megatron.training.shards import Shards, Value
 
 Precision = Literal["fp32", "bf16", "fp16"]
 SHARD_BYTES = 5_000_000_000
@@ -83,7 +83,9 @@ def export(checkpoint: Path, output: Path, *, dtype: Precision | None = None, sh
     vocab_size = _vocab_size(config, found)
     table = hf_table(config, vocab_size)
     precision: Precision = dtype or config.training.precision
-    shards = Shards(verified, table, masters=precision != config.training.precision)
+    shards = Shards(verified, table)
+    value: Value = "weights" if precision == config.training.precision else "masters"
+    shards.check(value)
     tensors = hf_tensors(table)
     kinds = {name: (_kind(name, precision), tensor.shape) for name, tensor in tensors.items()}
     files = _files(kinds, shard_bytes)
@@ -91,7 +93,7 @@ def export(checkpoint: Path, output: Path, *, dtype: Precision | None = None, sh
     digests: dict[str, Digest] = {}
     with published(output, total + _ROOM) as temporary, progress(total) as report:
         for file, names in files.items():
-            made = ((name, _made(tensors[name], shards, config, _TORCH[precision])) for name in names)
+            made = ((name, _made(tensors[name], shards, value, config, _TORCH[precision])) for name in names)
             digests[file] = write_tensors(temporary / file, {name: kinds[name] for name in names}, made, {"format": "pt"}, report)
         if list(files) != [SINGLE]:
             file_of = {name: file for file, names in files.items() for name in names}
@@ -140,17 +142,17 @@ def _config_json(config: Config, vocab_size: int, precision: Precision, special:
     return hf_sections.add(kept | {"dtype": _NAMES[precision]}, config)
 
 
-def _made(tensor: HFTensor, shards: Shards, config: Config, dtype: torch.dtype) -> Tensor:
+def _made(tensor: HFTensor, shards: Shards, value: Value, config: Config, dtype: torch.dtype) -> Tensor:
     """One Hugging Face tensor from the shards of its parameter; planes that the checkpoint does not hold are drawn."""
     if tensor.name.endswith(".planes"):
         l3 = config.memory_hierarchy.l3
         if tensor.entry.name not in shards:
             return hashing.planes(l3.hash_seed, l3.hash_tables, l3.hash_bits, config.model.head_dim)
         dtype = torch.int8
-    return assemble(tensor, shards, dtype)
+    return assemble(tensor, shards, value, dtype)
 
 
-def assemble(tensor: HFTensor, shards: Shards, dtype: torch.dtype) -> Tensor:
+def assemble(tensor: HFTensor, shards: Shards, value: Value, dtype: torch.dtype) -> Tensor:
     """The whole tensor in `dtype`, on the CPU."""
     out = torch.empty(tensor.shape, dtype=dtype)
     entry, done = tensor.entry, 0
@@ -158,12 +160,12 @@ def assemble(tensor: HFTensor, shards: Shards, dtype: torch.dtype) -> Tensor:
     row = math.prod(shape[1:])  # elements
     for rank, start, length in tensor.on_ranks(shards.ranks):
         if entry.dim == 0:
-            _fill(out[done : done + length].view(-1), shards.fragments(entry.name, rank, start * row, length * row))
+            _fill(out[done : done + length].view(-1), shards.fragments(value, entry.name, rank, start * row, length * row))
         else:
             step = max(1, _BLOCK // (row * 4))
             for first in range(0, shape[0], step):
                 block = torch.empty(min(step, shape[0] - first), *shape[1:], dtype=dtype)
-                _fill(block.view(-1), shards.fragments(entry.name, rank, first * row, block.numel()))
+                _fill(block.view(-1), shards.fragments(value, entry.name, rank, first * row, block.numel()))
                 out[first : first + len(block), done : done + length].copy_(block[:, start : start + length])
         done += length
     return out

@@ -132,21 +132,30 @@ class Segments:
 
     def load(self, folder: Path) -> None:
         """Go on where :meth:`save` was called, with pages of a new generation. Raises ConfigError as :meth:`open`."""
-
-        def read(name: str) -> Any:
-            return torch.load(folder / self._name(name), map_location="cpu", weights_only=True)
-
-        saved = read("samples")
+        saved = self._read(folder, self._name("samples"))
         self.next, self._generation = saved["next"], saved["generation"] + 1
         self.open()
         for index, state in saved["sessions"].items():
             session = self._session(len(state["sequences"]))
-            blocks = (read(f"pages-{index:03d}-{number:05d}") for number in range(saved["files"][index]))
+            names = (self._name(f"pages-{index:03d}-{number:05d}") for number in range(saved["files"][index]))
+            blocks = (self._read(folder, name) for name in names)
             session.restore(state, blocks, self._topology.device)
             self._sessions[index] = session
 
-    def _name(self, what: str) -> str:
-        return f"memory-{self._topology.rank:05d}-{what}.pt"
+    def saved_position(self, folder: Path) -> int:
+        """The segment that the run which saved into `folder` went on with; 0: it was between two samples."""
+        return int(self._read(folder, self._name("samples", rank=0))["next"])
+
+    def load_between_samples(self, folder: Path) -> None:
+        """The same as :meth:`load` where no sample was in progress, whichever ranks saved."""
+        self._generation = self._read(folder, self._name("samples", rank=0))["generation"] + 1
+        self.open()
+
+    def _read(self, folder: Path, name: str) -> Any:
+        return torch.load(folder / name, map_location="cpu", weights_only=True)
+
+    def _name(self, what: str, rank: int | None = None) -> str:
+        return f"memory-{self._topology.rank if rank is None else rank:05d}-{what}.pt"
 
     def _begun(self, batch: Batch, number: int, session: Session) -> tuple[Batch, Session]:
         part = batch.part(number * self._length, (number + 1) * self._length)

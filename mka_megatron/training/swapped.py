@@ -3,8 +3,8 @@
 DeepSpeed 0.19 resumes such runs wrongly without a word: it copies its swap files, but restores neither
 Adam's step counts nor the sub-groups that are too small to swap, which it overwrites with the fresh
 model's. So these runs write their state themselves: one file per sub-group (the unit that fits in
-memory), holding the fp32 parameters and both moments, and one for the loss scale and the order of the
-parameters, which the sub-groups hold one behind the other. The 16-bit parameters follow from the fp32 ones.
+memory), holding the fp32 parameters and both moments, and one for the order of the parameters, which the
+sub-groups hold one behind the other. The 16-bit parameters follow from the fp32 ones.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch.distributed as dist
 
 from mka_megatron.training.engine import Engine
 from mka_megatron.training.manifest import CheckpointError
-
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+from mka_megatron.training.masters import masters, set_state, settle
 
 
 def applies(engine: Engine) -> bool:
@@ -38,9 +37,7 @@ def save(engine: Engine, folder: Path, write: Callable[[Any, Path], None]) -> No
         write({"master": master.detach(), **optimizer.optimizer.state[master]}, folder / _group_name(index))
         if swappable:
             optimizer._release_swap_buffers(index)
-    scaler = optimizer.loss_scaler
-    scale = {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
-    write({"loss_scale": scale, "param_shapes": _shapes(engine)}, folder / _common_name())
+    write({"param_shapes": _shapes(engine)}, folder / _common_name())
 
 
 def load(engine: Engine, folder: Path) -> None:
@@ -48,30 +45,19 @@ def load(engine: Engine, folder: Path) -> None:
 
     Raises CheckpointError where the parameters have another order or other shapes.
     """
-    optimizer = engine.deepspeed.optimizer
     common = torch.load(folder / _common_name(), weights_only=True)
     if [list(group.items()) for group in common["param_shapes"]] != [list(group.items()) for group in _shapes(engine)]:
         raise CheckpointError(
             f"checkpoint {folder} has the parameters in another order than this version; resume with the version "
             "that wrote it, or export it and start from that."
         )
-    optimizer.checkpoint_event_prologue()
-    for index in range(len(optimizer.fp16_groups)):
+    for index, (master, _) in enumerate(masters(engine.deepspeed)):
         saved = torch.load(folder / _group_name(index), map_location="cpu", weights_only=True)
-        swappable = optimizer._swappable_optimizer_subgroup(index)
-        if swappable:
-            optimizer._optimizer_states_and_gradient_swap_in(index)
-        master = optimizer.fp32_partitioned_groups_flat[index]
         master.data.copy_(saved.pop("master"))
-        optimizer.optimizer.state[master] = {
-            key: value.to(master.device) if torch.is_tensor(value) else value for key, value in saved.items()
-        }
-        optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        if swappable:
-            optimizer._optimizer_states_and_gradient_swap_out(index)
-    for key, value in common["loss_scale"].items():
-        setattr(optimizer.loss_scaler, key, value)
-    optimizer.checkpoint_event_epilogue()
+        if saved:
+            steps = float(saved.pop("step"))
+            set_state(engine.deepspeed, master, {key: value.to(master.device) for key, value in saved.items()}, steps)
+    settle(engine.deepspeed)
 
 
 def _group_name(index: int) -> str:

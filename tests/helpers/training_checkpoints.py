@@ -64,7 +64,7 @@ def write(folder: Path, config: Config, shards: Sequence[dict[str, Tensor]], par
         for part in range(partitions):
             if swapped:
                 shapes = [{name: list(trained[name].shape) for name in group} for group in groups]
-                torch.save({"loss_scale": {}, "param_shapes": shapes},
+                torch.save({"param_shapes": shapes},
                            folder / f"deepspeed/swapped-{rank + len(shards) * part:05d}.pt")
                 for index, flat in enumerate(each_cut(groups, trained, part, partitions, subgroup)):
                     torch.save({"master": flat, "step": torch.tensor(1.0)},

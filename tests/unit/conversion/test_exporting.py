@@ -150,7 +150,7 @@ def test_a_pickle_with_another_global_is_refused_and_not_run(tmp_path: Path) -> 
     for bad in (Marker(tmp_path / "ran"), pickle.Pickler, torch.nn.Linear(2, 2)):
         torch.save({"module": made.parameters(config)[0], "more": bad}, file)
         made.publish(path, config)
-        with pytest.raises(ConfigError, match=r"is refused: it names .*; export a checkpoint that you trust\.$"):
+        with pytest.raises(ConfigError, match=r"is refused: it names .*; use a checkpoint that you trust\.$"):
             export(path, tmp_path / "out")
         assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 

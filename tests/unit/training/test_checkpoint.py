@@ -12,35 +12,44 @@ import pytest
 from mka_megatron.config.schema import (
     AttentionConfig,
     Config,
+    EngineConfig,
     ModelConfig,
     RopeConfig,
     RoutingConfig,
     TrainingConfig,
 )
-from mka_megatron.training import checkpoint
+from mka_megatron.training import checkpoint, reshape, saving
 from mka_megatron.training.checkpoint import Checkpoint, CheckpointError
 
 
 def engine(config: Config, world_size: int = 2, optimizer: str = "AdamW") -> Any:
     topology = SimpleNamespace(world_size=world_size, tp_size=1, cp_size=1, dp_size=world_size)
-    return SimpleNamespace(config=config, topology=topology, optimizer_name=optimizer)
+    return SimpleNamespace(config=config, topology=topology, optimizer_name=optimizer, segments=None)
 
 
 def written_by(writer: Any) -> Checkpoint:
-    body = {"layout": checkpoint._layout(writer), "config": asdict(writer.config)}
+    body = {"layout": saving.layout(writer), "config": asdict(writer.config)}
     return Checkpoint(Path("runs/a/checkpoints/step-00000004"), body)
 
 
 @pytest.mark.parametrize(
     ("reader", "sentence"),
     [
-        (engine(Config(), world_size=1), "world size 2, but this run has 1"),
-        (engine(Config(), optimizer="FusedAdam"), "optimizer AdamW, but this run has FusedAdam"),
+        (engine(Config(training=TrainingConfig(precision="bf16"))), "training.precision fp32, but this run has bf16; set it back"),
+        (engine(Config(training=TrainingConfig(segment_length=64))), "training.segment_length None, but this run has 64; set it"),
     ],
 )
-def test_another_layout(reader: Any, sentence: str) -> None:
+def test_what_no_layout_can_change(reader: Any, sentence: str) -> None:
+    written = written_by(engine(Config()))
     with pytest.raises(CheckpointError, match=sentence):
-        checkpoint._check_layout(reader, written_by(engine(Config())))
+        reshape.check(reader, written, checkpoint._changes(reader, written))
+
+
+def test_what_changes_is_named() -> None:
+    written, reader = written_by(engine(Config())), engine(Config(engine=EngineConfig(zero_stage=3)), 4, "FusedAdam")
+    changes = checkpoint._changes(reader, written)
+    assert changes == {"parallel.data_parallel": (2, 4), "engine.zero_stage": (1, 3), "optimizer": ("AdamW", "FusedAdam")}
+    reshape.check(reader, written, changes)
 
 
 @pytest.mark.parametrize(
@@ -63,4 +72,4 @@ def test_what_only_starts_a_run_may_differ() -> None:
         training=replace(TrainingConfig(), steps=9, learning_rate=1.0),
     )
     checkpoint._check_model(engine(config), written_by(engine(Config())))
-    checkpoint._check_layout(engine(config), written_by(engine(Config())))
+    assert not checkpoint._changes(engine(config), written_by(engine(Config())))

@@ -1,9 +1,10 @@
-"""The parameters in a training checkpoint, wherever its ranks have them, read through memory maps a piece at a time.
+"""Parameters and Adam's moments in a training checkpoint, wherever its ranks have them, read through memory maps a piece
+at a time.
 
 What DeepSpeed 0.19 writes, per tensor-parallel rank: whole parameters in the training's precision (ZeRO 0 to 2), fp32
 masters beside them (ZeRO 0 in half precision), masters flattened and cut at equal intervals (ZeRO 1, 2), or each master
 cut on its own (ZeRO 3; with states on NVMe in files of training/swapped.py). Parameters of an optimizer group follow each
-other there in the model's order.
+other there in the model's order, and the moments lie as the masters do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from mka_megatron.training.manifest import Checkpoint
 from mka_megatron.training.optimizer import parameter_groups
 
 Table = dict[str, Entry]
+Value = Literal["weights", "masters", "exp_avg", "exp_avg_sq"]
+"""Weights are in the training's precision, the others in fp32."""
 _REOPEN_AFTER = 256 << 20  # bytes read through the maps, whose pages count as this process's memory
 _OPAQUE = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -45,27 +48,29 @@ Pieces = dict[str, list[_Piece]]
 
 
 class Shards:
-    """Every tensor-parallel rank's parameters.
+    """Every tensor-parallel rank's parameters and moments.
 
     Args:
         checkpoint: verified.
         table: of the checkpoint's own model and tensor-parallel size.
-        masters: fp32 masters rather than the weights of the training's precision, where both are there.
 
-    Raises:
-        ConfigError: a file is missing or is not what a training writes, or the parameters are not those of `table`.
+    Its methods raise ConfigError where a file is missing or is not what a training writes, or the parameters are not
+    those of `table`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, table: Table, masters: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, table: Table) -> None:
         self._files = _Files(checkpoint)
-        reader = _Reader(self._files, table, checkpoint)
-        self.ranks = reader.ranks
-        self._pieces = [reader.pieces(rank, masters) for rank in range(self.ranks)]
+        self._reader = _Reader(self._files, table, checkpoint)
+        self.ranks = self._reader.ranks
+        self._found: dict[tuple[int, Value], Pieces] = {}
 
-    def fragments(self, name: str, rank: int, start: int, length: int) -> Iterator[Tensor]:
-        """[start, start + length) of the flattened parameter `name` of a rank, as consecutive flat views."""
+    def fragments(self, value: Value, name: str, rank: int, start: int, length: int) -> Iterator[Tensor]:
+        """[start, start + length) of the flattened `value` of the parameter `name` of a rank, as consecutive flat views.
+
+        Nothing where a parameter has no moments: it never had a gradient.
+        """
         position = 0
-        for piece in self._pieces[rank][name]:
+        for piece in self._pieces(rank, value)[name]:
             low, high = max(start, position), min(start + length, position + piece.length)
             if low < high:
                 flat = self._files.tensor(piece.file, piece.path).flatten()
@@ -74,8 +79,22 @@ class Shards:
                 yield flat[offset : offset + high - low]
             position += piece.length
 
+    def adam_steps(self) -> float | None:
+        """Updates that the moments have seen, for the bias correction; None before the first."""
+        return self._reader.adam_steps()
+
+    def check(self, value: Value) -> None:
+        """Find every rank's `value` now."""
+        for rank in range(self.ranks):
+            self._pieces(rank, value)
+
     def __contains__(self, name: str) -> bool:
-        return name in self._pieces[0]
+        return name in self._pieces(0, "weights")
+
+    def _pieces(self, rank: int, value: Value) -> Pieces:
+        if (rank, value) not in self._found:
+            self._found[rank, value] = self._reader.pieces(rank, value)
+        return self._found[rank, value]
 
 
 class _Opaque:
@@ -124,23 +143,23 @@ class _Files:
 
     def unknown(self, name: str, reason: str) -> ConfigError:
         """The file is whole, but another one than this module knows."""
-        return ConfigError(f"{self.checkpoint.path / name} is not what a training of this version writes: {reason}; export it "
+        return ConfigError(f"{self.checkpoint.path / name} is not what a training of this version writes: {reason}; use it "
                            "with the version that wrote it.")
 
     def _load(self, name: str) -> dict[str, Any]:
         path = self.checkpoint.path / name
         if name not in self.checkpoint.body["files"]:
-            raise ConfigError(f"checkpoint {self.checkpoint.path} has no file {name}: it is incomplete; export another one.")
+            raise ConfigError(f"checkpoint {self.checkpoint.path} has no file {name}: it is incomplete; use another one.")
         try:
             with torch.serialization.safe_globals([(_Opaque, each) for each in _OPAQUE]):
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL (\S+)", str(error))
             what = f"it names {show(named[1])}, which is not loaded" if named else "it cannot be unpickled"
-            raise ConfigError(f"{path} is refused: {what}; export a checkpoint that you trust.") from None
+            raise ConfigError(f"{path} is refused: {what}; use a checkpoint that you trust.") from None
         except Exception as error:  # torch's readers raise of everything on bytes that are not theirs
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{path} cannot be read ({show(reason)}); export another checkpoint.") from None
+            raise ConfigError(f"{path} cannot be read ({show(reason)}); use another checkpoint.") from None
         if not isinstance(found, dict):
             raise self.unknown(name, "it holds no dictionary")
         return found
@@ -162,24 +181,52 @@ class _Reader:
             raise files.unknown("manifest.json", f"its layout lacks {error}") from None
         self.shapes = {name: entry.shard(self.ranks) for name, entry in table.items()}
 
-    def pieces(self, rank: int, masters: bool) -> Pieces:
-        """Where each parameter of `rank` is."""
+    def pieces(self, rank: int, value: Value) -> Pieces:
+        """Where the `value` of each parameter of `rank` is, and its buffers."""
         if self.swapped:
             groups = self._recorded(f"deepspeed/swapped-{rank:05d}.pt")
-            return self._each_cut(groups, [self._swapped(rank, i) for i in range(self.partitions)])
+            return self._each_cut(groups, [self._swapped(rank, i, value) for i in range(self.partitions)])
         prefix = "zero_pp_rank_0_" if self.stage == 3 else ""
         model = f"deepspeed/{prefix}mp_rank_{rank:02d}_model_states.pt"
         module = self._module(model)
         if self.stage == 3:
-            flats = [self._flats(rank, i, "fp32_flat_groups") for i in range(self.partitions)]
+            flats = [self._flats(rank, i, value) for i in range(self.partitions)]
             return self._each_cut(self._recorded(model), flats) | module
-        whole = {name for name in self.shapes if name not in module}
-        if masters and self.precision != "fp32" and self.stage:
-            flats = [self._flats(rank, i, "single_partition_of_fp32_groups") for i in range(self.partitions)]
+        if value == "weights" or (value == "masters" and self.precision == "fp32"):
+            whole = {name for name in self.shapes if name not in module}
+            return {name: [self._all(model, ("module", name))] for name in whole} | module
+        if self.stage:
+            flats = [self._flats(rank, i, value) for i in range(self.partitions)]
             return self._cut_at_intervals(model, rank, flats) | module
-        if masters and self.precision != "fp32":
-            return self._masters(model) | module
-        return {name: [self._all(model, ("module", name))] for name in whole} | module
+        return self._one_by_one(model, value) | module
+
+    def adam_steps(self) -> float | None:
+        """Of :meth:`Shards.adam_steps`; all parameters have the same, or none."""
+        file, states, groups = self._adam()
+        steps = {float(state["step"]) for state in states if "step" in state}
+        if not steps and states:  # some fused Adams count per group
+            steps = {float(group["step"]) for group in groups if "step" in group}
+        if len(steps) > 1:
+            raise self.files.unknown(file, f"its parameters have seen {' and '.join(map(str, sorted(steps)))} updates")
+        return steps.pop() if steps else None
+
+    def _adam(self) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+        """A file of the first rank's with a part of the optimizer's state, the parts of that state, and the groups."""
+        if self.swapped:
+            files = [piece.file for piece in self._swapped(0, 0, "masters")]
+            return files[0], [self.files.state(file) for file in files], []
+        if self.stage:
+            file = self._optimizer(0, 0)
+            inner = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+            state = self.files.state(file).get("optimizer_state_dict", {}).get(inner)
+        else:
+            file = "deepspeed/mp_rank_00_model_states.pt"
+            state = self.files.state(file).get("optimizer")
+            if self.precision != "fp32" and isinstance(state, dict):
+                state = state.get("optimizer_state_dict")
+        if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+            raise self.files.unknown(file, "it has no optimizer's state")
+        return file, [part for part in state["state"].values() if part], list(state["param_groups"])
 
     def _module(self, model: str) -> Pieces:
         """The buffers; raises ConfigError unless the model of the file has the table's parameters and no others."""
@@ -201,15 +248,23 @@ class _Reader:
     def _all(self, file: str, path: tuple[str | int, ...]) -> _Piece:
         return _Piece(file, path, 0, self.files.tensor(file, path).numel())
 
-    def _masters(self, model: str) -> Pieces:
-        """ZeRO 0 in half precision: a tensor per parameter, in the order of the optimizer's groups."""
+    def _one_by_one(self, model: str, value: Value) -> Pieces:
+        """ZeRO 0: a tensor per parameter, in the order of the optimizer's groups."""
         found: Pieces = {}
+        half = ("optimizer_state_dict",) if self.precision != "fp32" else ()
+        held = self.files.state(model).get("optimizer") or {}
+        states = (held.get("optimizer_state_dict") or {} if half else held).get("state") or {}
+        count = 0
         for group, names in enumerate(self._groups()):
             for index, name in enumerate(names):
-                piece = self._all(model, ("optimizer", "fp32_groups", group, index))
-                if piece.length != math.prod(self.shapes[name]):
-                    raise self.files.unknown(model, f"the master of {name} has {piece.length} elements")
-                found[name] = [piece]
+                path: tuple[str | int, ...] = ("optimizer", *half, "state", count, value)
+                if value == "masters":
+                    path = ("optimizer", "fp32_groups", group, index)
+                found[name] = [self._all(model, path)] if value == "masters" or states.get(count) else []
+                for piece in found[name]:
+                    if piece.length != math.prod(self.shapes[name]):
+                        raise self.files.unknown(model, f"{value} of {name} has {piece.length} elements")
+                count += 1
         return found
 
     def _cut_at_intervals(self, model: str, rank: int, flats: list[list[_Piece]]) -> Pieces:
@@ -251,20 +306,26 @@ class _Reader:
         prefix = "bf16_" if self.precision == "bf16" else ""
         return f"deepspeed/{prefix}zero_pp_rank_{partition}_mp_rank_{rank:02d}_optim_states.pt"
 
-    def _flats(self, rank: int, partition: int, key: str) -> list[_Piece]:
+    def _flats(self, rank: int, partition: int, value: Value) -> list[_Piece]:
+        """A partition's flat tensors: one per group (ZeRO 1, 2) or sub-group (ZeRO 3)."""
         file = self._optimizer(rank, partition)
+        masters = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
         state = self.files.state(file).get("optimizer_state_dict")
-        flats = state.get(key) if isinstance(state, dict) else None
+        flats = state.get(masters) if isinstance(state, dict) else None
         if not isinstance(flats, list) or not flats:
-            raise self.files.unknown(file, f"it has no {key}")
-        return [self._all(file, ("optimizer_state_dict", key, index)) for index in range(len(flats))]
+            raise self.files.unknown(file, f"it has no {masters}")
+        if value in ("weights", "masters"):
+            return [self._all(file, ("optimizer_state_dict", masters, index)) for index in range(len(flats))]
+        inner = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+        return [self._all(file, ("optimizer_state_dict", inner, "state", index, value)) for index in range(len(flats))]
 
-    def _swapped(self, rank: int, partition: int) -> list[_Piece]:
+    def _swapped(self, rank: int, partition: int, value: Value) -> list[_Piece]:
         """tensor-parallel ranks are next to each other, then context-parallel ones, then replicas."""
         prefix = f"deepspeed/swapped-{rank + self.ranks * partition:05d}"
         count = max(1, len(self.files.names(rf"{prefix}-\d+\.pt")))
         files = [f"{prefix}-{index:05d}.pt" for index in range(count)]
-        return [self._all(file, ("master",)) for file in files]
+        key = "master" if value in ("weights", "masters") else value
+        return [self._all(file, (key,)) for file in files]
 
     def _recorded(self, model: str) -> list[list[str]]:
         """The optimizer's groups as the file has them."""
