@@ -1,6 +1,7 @@
 """Memory of training, by part and by formula: on the device of one rank at the peak of a step, and on one node.
 
-The parts are what the libraries allocate, not a rule of thumb; docs/planning.md has them beside measurements.
+The parts are what the libraries allocate (states.py, sharded_states.py, activations.py), at the moment of a step at which
+they are most together; docs/planning_measured.md has them beside measurements.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import block_core, effective_kv_heads, recalls
+from mka_megatron.planning import host, sharded_states, states
+from mka_megatron.planning.activations import WIDTHS, layer_bytes
 from mka_megatron.planning.parameters import padded_vocabulary, rank_parameters
+from mka_megatron.planning.states import Moment, Run, Term
 
 Device = Literal["cuda", "cpu"]
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_FP32 = 4
 _GIB = 1 << 30
+_WORKING = 6
+"""MLP widths of gradients that a layer's backward pass has at a time, next to what it kept: silu, its product, both halves."""
 
 
 @dataclass(frozen=True)
@@ -40,43 +47,17 @@ def rank_memory(config: Config, layout: Layout, vocab_size: int, device: Device)
     """What one rank has on its device at the peak of a step.
 
     Args:
-        config: a validated configuration; its own parallel sizes are not read.
+        config: a validated configuration; its own parallel sizes are not read, but for sequence_parallel.
         layout: ranks per axis.
         vocab_size: entries of the tokenizer, without padding.
-        device: "cpu": the device is the node's memory, where offloaded states are not counted again.
+        device: "cpu": the device is the node's memory; what is offloaded to it is :func:`node_memory`'s.
 
     Returns:
-        weights, gradients, optimizer, activations, kv, logits, workspace.
+        weights, gradients, optimizer, activations, kv, logits, workspace: a part that is not there at the peak has 0
+        bytes. The workspace's formula names the moment.
     """
-    width = _BYTES[config.training.precision]
-    elements = sum(each.elements for each in rank_parameters(config, vocab_size, layout.tensor))
-    shards = layout.context * layout.data
-    stage = config.engine.zero_stage
-    held = -(-elements // shards) if stage == 3 else elements
-    owned = -(-elements // shards) if stage else elements
-    offloaded = config.engine.offload_optimizer != "none"
-    weights = 0 if config.engine.offload_param != "none" else held * width
-    states = (8 if stage == 0 and width == 4 else 12) * owned
-    tokens = _tokens(config, layout)
-    model, tensor = config.model, layout.tensor
-    per_layer = tokens * width * (
-        model.hidden_size * 8 + (3 * model.num_attention_heads + 6 * model.num_kv_heads) * model.head_dim // tensor
-        + 4 * model.ffn_hidden_size // tensor
-    )
-    boundary = tokens * width * model.hidden_size // (tensor if config.parallel.sequence_parallel else 1)
-    layers = model.num_layers
-    activations = layers * boundary + per_layer if config.training.recompute == "full" else layers * per_layer
-    vocabulary = padded_vocabulary(config, vocab_size) // tensor
-    logits = tokens * vocabulary * (2 * width + 8)
-    return (
-        Part("weights", weights, f"{held:,} parameters x {width} B"),
-        Part("gradients", 4 * (elements if stage < 2 else owned), f"{elements if stage < 2 else owned:,} x 4 B"),
-        Part("optimizer", 0 if offloaded else states, f"{owned:,} x {states // max(owned, 1)} B"),
-        Part("activations", activations, f"{layers} layers over {tokens:,} tokens"),
-        Part("kv", 0, "no other rank's keys and values"),
-        Part("logits", logits, f"{tokens:,} tokens x {vocabulary:,} entries x {2 * width + 8} B"),
-        Part("workspace", 4 * 50_000_000 if stage else 0, "reduce bucket of 50,000,000 x 4 B"),
-    )
+    return max((_parts(config, layout, vocab_size, device, moment) for moment in _moments(config, layout, vocab_size, device)),
+               key=lambda parts: sum(part.bytes for part in parts))
 
 
 def node_memory(
@@ -92,23 +73,123 @@ def node_memory(
     Returns:
         (DRAM parts, SSD parts).
     """
-    engine = config.engine
-    elements = sum(each.elements for each in rank_parameters(config, vocab_size, layout.tensor))
-    owned = -(-elements // (layout.context * layout.data))
-    states, weights = 16 * owned * ranks_per_node, _BYTES[config.training.precision] * owned * ranks_per_node
-    dram, ssd = [], []
-    for name, where, size in (
-        ("optimizer", engine.offload_optimizer, states), ("weights", engine.offload_param, weights)
-    ):
-        part = Part(name, size, f"{ranks_per_node} ranks x {owned:,} parameters")
-        if where == "cpu":
-            dram.append(part)
-        elif where == "nvme":
-            ssd.append(part)
-    return tuple(dram), tuple(ssd)
+    run = _run(config, layout, device)
+    parameters = rank_parameters(config, vocab_size, layout.tensor)
+    dram, ssd = host.of_rank(config, run, parameters, _tokens(config, layout), layout.tensor)
+    return tuple(
+        tuple(Part(name, ranks_per_node * term.bytes, f"{ranks_per_node} ranks x ({term.words})") for name, term in of_rank)
+        for of_rank in (dram, ssd)
+    )  # type: ignore[return-value]
+
+
+def _run(config: Config, layout: Layout, device: Device) -> Run:
+    training, engine = config.training, config.engine
+    per_pass = training.micro_batch_size * layout.data
+    segments = 1
+    if training.segment_length is not None:
+        segments = training.segments_per_step or config.data.sequence_length // training.segment_length
+    return Run(
+        stage=engine.zero_stage, precision=training.precision, shards=layout.context * layout.data, context=layout.context,
+        passes=max(1, training.global_batch_size // per_pass) * segments, tied=config.model.tie_embeddings,
+        offloaded=engine.offload_optimizer != "none", on_cuda=device == "cuda",
+    )
+
+
+def _moments(config: Config, layout: Layout, vocab_size: int, device: Device) -> list[Moment]:
+    run, parameters = _run(config, layout, device), rank_parameters(config, vocab_size, layout.tensor)
+    if run.stage == 3:
+        return sharded_states.moments(run, parameters, config.engine.offload_param != "none")
+    return states.moments(run, parameters)
+
+
+def _parts(config: Config, layout: Layout, vocab_size: int, device: Device, moment: Moment) -> tuple[Part, ...]:
+    nothing = Term(0, "none at this moment")
+    kept = _kept(config, layout, device, moment.graph)
+    keys = _keys_and_values(config, layout, device, moment.graph)
+    logits = _logits(config, layout, vocab_size) if moment.graph == "loss" else nothing
+    working = _working(config, layout, device) if moment.graph in ("whole", "last") else nothing
+    buffers = [term for term in (*moment.workspace, working) if term.bytes]
+    workspace = Term(sum(term.bytes for term in buffers), "; ".join([f"at {moment.name}", *(term.words for term in buffers)]))
+    named = (
+        ("weights", moment.weights), ("gradients", moment.gradients), ("optimizer", moment.optimizer), ("activations", kept),
+        ("kv", keys), ("logits", logits), ("workspace", workspace),
+    )  # fmt: skip
+    return tuple(Part(name, term.bytes, term.words) for name, term in named)
 
 
 def _tokens(config: Config, layout: Layout) -> int:
     """Slots of a rank's forward pass."""
     length = config.training.segment_length or config.data.sequence_length
     return config.training.micro_batch_size * length // layout.context
+
+
+def _kept(config: Config, layout: Layout, device: Device, graph: str) -> Term:
+    """Activations that wait for their backward pass."""
+    if graph == "gone":
+        return Term(0, "none at this moment")
+    tokens, layers, recompute = _tokens(config, layout), config.model.num_layers, config.training.recompute
+    layer = layer_bytes(config, layout.tensor, device)
+    each = {"none": layer.whole, "selective": layer.selective, "full": layer.boundary}[recompute]
+    again = layer.whole - each if graph != "loss" else 0.0
+    share = layout.tensor if config.parallel.sequence_parallel else 1
+    ends = 3 * config.model.hidden_size * WIDTHS[config.training.precision] / share
+    count = layers if graph != "last" else 1
+    words = f"{count} layers x {each:,.0f} B a token (recompute {recompute})"
+    if again:
+        words += f" + {again:,.0f} B of the layer at hand"
+    return Term(round(tokens * (count * each + again + ends)), f"{tokens:,} tokens x ({words} + {ends:,.0f} B of embedding and last norm)")
+
+
+def _keys_and_values(config: Config, layout: Layout, device: Device, graph: str) -> Term:
+    """Keys and values of other ranks' and earlier segments' slots, and the hot pages."""
+    model, memory, training = config.model, config.memory_hierarchy, config.training
+    width = WIDTHS[training.precision]
+    channels = 2 * max(1, effective_kv_heads(config.attention.variant, model) // layout.tensor) * model.head_dim
+    rows, layers = training.micro_batch_size, model.num_layers
+    at_once = layers if graph in ("loss", "whole") and training.recompute == "none" else 0 if graph == "gone" else 1
+    slots = _tokens(config, layout) // rows
+    chunk, window = memory.l1.chunk_size, memory.l1.window or 0
+    found = []
+    if layout.context > 1:
+        before = (layout.context - 1) * slots
+        if block_core(config):
+            recalled = slots // chunk * memory.l3.recalled_chunks * chunk if recalls(config) else 0
+            slots_seen = min(before, window) + before // chunk + min(before, recalled)
+            words = f"{slots_seen:,} slots of halo, summaries and recalled chunks of other ranks"
+        else:
+            slots_seen, words = before, f"{before:,} slots of the ranks before"
+        found.append(Term(at_once * rows * slots_seen * channels * width, f"{at_once} layers x {rows} x {words} x {channels * width} B"))
+    if training.segment_length is not None:
+        chunks = config.data.sequence_length // layout.context // chunk
+        standing = layers * rows * (window + chunks) * channels * width
+        found.append(Term(standing, f"{layers} layers x {rows} x {window + chunks:,} slots of window and summaries x {channels * width} B"))
+        if recalls(config):
+            pages = min(chunks, slots // chunk * memory.l3.recalled_chunks)
+            size = at_once * rows * pages * chunk * channels * width
+            found.append(Term(size, f"{at_once} layers x {rows} x {pages:,} recalled chunks of {chunk} slots x {channels * width} B"))
+        if device == "cuda" and recalls(config):
+            found.append(Term(int(memory.l3.hbm_pool_gib * _GIB), f"{memory.l3.hbm_pool_gib} GiB of hot pages"))
+    return Term(sum(term.bytes for term in found), "; ".join(term.words for term in found) or "no slots of others")
+
+
+def _logits(config: Config, layout: Layout, vocab_size: int) -> Term:
+    """Logits, their log-softmax and both gradients (one op), or in place over a split vocabulary."""
+    entries = padded_vocabulary(config, vocab_size) // layout.tensor
+    tokens = _tokens(config, layout)
+    at_once = tokens if config.training.logits_tile is None else min(tokens, config.training.logits_tile)
+    if layout.tensor == 1:
+        each, words = 3 * _FP32, "log-softmax, its gradient and the logits' in fp32"
+    else:
+        each, words = _FP32 + 2 * WIDTHS[config.training.precision], "logits, masked, and in fp32"
+    return Term(at_once * entries * each, f"{at_once:,} tokens x {entries:,} entries x {each} B ({words})")
+
+
+def _working(config: Config, layout: Layout, device: Device) -> Term:
+    """What a layer's backward pass needs beside what was kept."""
+    training, width = config.training, WIDTHS[config.training.precision]
+    tokens, ffn = _tokens(config, layout), config.model.ffn_hidden_size // layout.tensor
+    at_once = tokens if training.mlp_tile is None else min(tokens, training.mlp_tile)
+    widths = _WORKING + 3 * (training.mlp_tile is not None)
+    size = at_once * widths * ffn * width + 2 * tokens * config.model.hidden_size * width
+    return Term(size, f"{at_once:,} tokens x {widths} x {ffn:,} MLP channels x {width} B and {tokens:,} x 2 x "
+                      f"{config.model.hidden_size:,} x {width} B of a layer's gradients")

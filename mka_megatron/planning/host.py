@@ -1,0 +1,111 @@
+"""What one rank has in its node's memory besides its device's, and on the node's SSD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mka_megatron.config.schema import Config
+from mka_megatron.config.variants import recalls
+from mka_megatron.planning.activations import WIDTHS
+from mka_megatron.planning.parameters import Parameter
+from mka_megatron.planning.states import Run, Term, elements, groups, largest, touched
+
+_FP32 = 4
+_GIB = 1 << 30
+_SUB_GROUP = 100_000_000
+"""Elements of a group of states that NVMe offload reads at a time (training/deepspeed_config.py)."""
+_OPTIMIZER_BUFFERS, _WEIGHT_BUFFERS = 4, 5
+"""DeepSpeed's offload_optimizer.buffer_count and offload_param.buffer_count."""
+_RECORD = 256
+"""Bytes of a page besides its keys and values: header, checksums, lengths."""
+
+Named = tuple[str, Term]
+
+
+def of_rank(config: Config, run: Run, parameters: Sequence[Parameter], tokens: int, tensor: int) -> tuple[list[Named], list[Named]]:
+    """(in DRAM, on the SSD). `tokens`: slots of a forward pass; `tensor`: tensor-parallel ranks."""
+    engine = config.engine
+    dram: list[Named] = []
+    ssd: list[Named] = []
+    if engine.offload_optimizer == "cpu":
+        dram.append(("offloaded optimizer", _optimizer(run, parameters)))
+    elif engine.offload_optimizer == "nvme":
+        inside, outside = _swapped_optimizer(run, parameters)
+        dram.append(("offloaded optimizer", inside))
+        ssd.append(("offloaded optimizer", outside))
+    owned = _owned(run, parameters)
+    if engine.offload_param == "cpu":
+        dram.append(("offloaded weights", Term(owned * run.width, f"{owned:,} x {run.width} B")))
+    elif engine.offload_param == "nvme":
+        buffer = max(-(-largest(parameters) // run.shards), 1 << 18) + 1024
+        size = _WEIGHT_BUFFERS * buffer * run.width
+        dram.append(("offloaded weights", Term(size, f"{_WEIGHT_BUFFERS} buffers x {buffer:,} x {run.width} B")))
+        ssd.append(("offloaded weights", Term(owned * run.width, f"{owned:,} x {run.width} B")))
+    if config.training.async_save:
+        dram.append(("asynchronous save", _saved(run, parameters)))
+    pages = _pages(config, tokens, tensor, run)
+    if pages is not None:
+        l3 = config.memory_hierarchy.l3
+        budget = l3.dram_pool_gib
+        pool = pages if budget is None else Term(min(pages.bytes, int(budget * _GIB)), f"at most {budget} GiB of {pages.words}")
+        dram.append(("L3 pages", pool))
+        if l3.placement == "ssd":
+            ssd.append(("L3 pages", pages))
+    return dram, ssd
+
+
+def _owned(run: Run, parameters: Sequence[Parameter]) -> int:
+    if run.stage == 3:
+        return sum(-(-each.elements // run.shards) for each in parameters)
+    return -(-elements(parameters) // run.shards)
+
+
+def _optimizer(run: Run, parameters: Sequence[Parameter]) -> Term:
+    """States, fp32 weights and gradients, and what DeepSpeed keeps beside them."""
+    owned = _owned(run, parameters)
+    if run.stage == 3:
+        wide = 2 if run.precision == "fp16" else _FP32
+        return Term(owned * (16 + wide), f"{owned:,} x {16 + wide} B (moments, fp32 weights, gradients twice)")
+    each = 16 + run.width
+    size, words = owned * each, f"{owned:,} x {each} B (moments, fp32 weights and gradients, the weights to hand back)"
+    most = largest(parameters)
+    size, words = size + most * run.width, f"{words}, {most:,} x {run.width} B"
+    if run.passes > 1 and run.precision != "bf16":
+        added = touched(parameters, run.shards)
+        size, words = size + added * run.width, f"{words}, {added:,} x {run.width} B of gradients added up"
+    return Term(size, words)
+
+
+def _swapped_optimizer(run: Run, parameters: Sequence[Parameter]) -> tuple[Term, Term]:
+    """(buffers and gradients in DRAM, states on the SSD)."""
+    owned = _owned(run, parameters)
+    wide = 2 if run.precision == "fp16" else _FP32
+    group = max(sum(-(-each.elements // run.shards) for each in group) for group in groups(parameters))
+    buffer = min(group, _SUB_GROUP + -(-largest(parameters) // run.shards))
+    size = owned * wide + _OPTIMIZER_BUFFERS * buffer * _FP32
+    inside = Term(size, f"{owned:,} gradients x {wide} B and {_OPTIMIZER_BUFFERS} buffers x {buffer:,} x {_FP32} B")
+    return inside, Term(owned * 16, f"{owned:,} x 16 B (moments, fp32 weights, gradients)")
+
+
+def _saved(run: Run, parameters: Sequence[Parameter]) -> Term:
+    """The copy that a checkpoint is written from while training goes on."""
+    owned, p = _owned(run, parameters), elements(parameters)
+    weights = owned if run.stage == 3 else p
+    size = weights * run.width + owned * 12
+    return Term(size, f"{weights:,} weights x {run.width} B and {owned:,} x 12 B of states")
+
+
+def _pages(config: Config, tokens: int, tensor: int, run: Run) -> Term | None:
+    """L3's pages of the samples in progress: of one micro-batch where a step goes over whole samples."""
+    training, memory, model = config.training, config.memory_hierarchy, config.model
+    if training.segment_length is None or not recalls(config):
+        return None
+    width, chunk = WIDTHS[training.precision], memory.l1.chunk_size
+    heads = max(1, model.num_kv_heads // tensor)
+    passes = config.data.sequence_length // training.segment_length
+    per_step = training.segments_per_step or passes
+    samples = training.micro_batch_size * (1 if per_step == passes else max(1, run.passes // per_step))
+    chunks = tokens // training.micro_batch_size * passes // chunk
+    record = 2 * (chunk + 1) * model.head_dim * width + _RECORD
+    pages = samples * model.num_layers * heads * chunks
+    return Term(pages * record, f"{pages:,} pages of {samples} rows x {record:,} B")
