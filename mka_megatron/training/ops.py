@@ -7,16 +7,13 @@ lock at which every later start waits for ever.
 from __future__ import annotations
 
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import EngineConfig
-
-_LONGEST_BUILD_SECONDS = 1200.0
+from mka_megatron.memory.tiers.builds import stale_lock
 
 
 def names(engine: EngineConfig, on_cuda: bool, pages_on_ssd: bool = False) -> tuple[str, ...]:
@@ -48,18 +45,6 @@ def check(engine: EngineConfig, on_cuda: bool, pages_on_ssd: bool = False) -> No
 
 def _swaps(engine: EngineConfig) -> bool:
     return "nvme" in (engine.offload_optimizer, engine.offload_param)
-
-
-def stale_lock(name: str) -> Path | None:
-    """The lock of an op's build that cannot be running any more, if there is one."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory(name, verbose=False)) / "lock"
-    try:
-        age = time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
-        return None
-    return lock if age > _LONGEST_BUILD_SECONDS else None
 
 
 def build(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mka_megatron.memory.tiers.builds import wait_for_build
 from mka_megatron.memory.tiers.writing import ALIGNMENT
 
 _BLOCK_BYTES = 1 << 20
@@ -157,6 +158,8 @@ def _deepspeed() -> tuple[Any, str]:
         builder = AsyncIOBuilder()
         if not builder.is_compatible(verbose=False):
             return None, "libaio's header is missing (install libaio-dev or libaio-devel)"
+        for name in ("pin_memory", "async_io"):  # it loads the other before itself
+            wait_for_build(name)
         return builder.load(verbose=False), ""
     except Exception as error:  # whatever a compiler or loader does wrong, there is a way without it
         return None, f"its op does not build or load ({type(error).__name__}: {str(error).splitlines()[0]})"

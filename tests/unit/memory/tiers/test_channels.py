@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import resource
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from mka_megatron.memory.tiers import channels
+from mka_megatron.memory.tiers.builds import wait_for_build
 from mka_megatron.memory.tiers.channels import Channel, PlainChannel, Stretch, factory
 from mka_megatron.memory.tiers.writing import ALIGNMENT, write
 
@@ -177,3 +180,25 @@ def test_a_file_system_without_direct_io(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_bytes(bytes(PAGE))
     write(path, 0, [record(1, 7)], direct)
     assert channel(PAGE).read([Stretch(path, 0, PAGE)]) == [None] and not direct
+
+
+def test_a_lock_that_a_killed_build_left_does_not_hold_the_tier_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "async_io" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    left = f"async_io was killed and left {lock}; remove that file"
+    for age, built in ((3600, False), (100, True)):
+        os.utime(lock, (time.time() - age, time.time() - age))
+        if built:
+            lock.with_name("async_io.so").touch()
+        with pytest.raises(OSError, match=left):
+            wait_for_build("async_io")
+    threading.Timer(0.5, lock.unlink).start()
+    os.utime(lock)
+    began = time.monotonic()
+    wait_for_build("async_io")
+    assert not lock.exists()
+    assert time.monotonic() - began < 60
