@@ -3,7 +3,8 @@
 python -m torch.distributed.run --nproc_per_node=N context_parallel_worker.py OUT PLAN.json
 
 PLAN.json: {layout: {case: overrides}}. Writes OUT.json {layout: {case: what the steps returned}} and
-OUT.safetensors: layout/case/kind of batch/parameter, the gradients of layouts that share rows only.
+OUT.safetensors: layout/case/kind of batch/parameter, the gradients of layouts that share rows only, whose results have
+"sent" too: per context-parallel rank and layer the bytes by purpose of forward and backward over whole rows.
 """
 
 from __future__ import annotations
@@ -89,21 +90,25 @@ def micro_batches(step: int, config: Config, topology: Topology) -> list[Batch]:
     return blocks[topology.dp_rank :: topology.dp_size]
 
 
-def gradients(config: Config, topology: Topology) -> dict[str, Tensor]:
-    """Per kind of batch and parameter: the gradient of the summed loss of all rows, without an engine."""
+def gradients(config: Config, topology: Topology) -> tuple[dict[str, Tensor], list]:
+    """Per kind of batch and parameter: the gradient of the summed loss of all rows, without an engine; and per rank and
+    layer the bytes that went to other ranks for the first kind."""
     model = build_model(config, topology, VOCAB)
     found = {}
+    sent: list = [None] * topology.cp_size
     for step, kind in enumerate(KINDS):
         batch = stack(rows(step))
         slots = SEQUENCE // topology.cp_size
         batch = batch.part(topology.cp_rank * slots, (topology.cp_rank + 1) * slots)
         model(batch.tokens, batch.documents, batch.labels).sum().backward()
+        if step == 0:
+            dist.all_gather_object(sent, [dict(each.sent) for each in model.traffic], group=topology.cp_group)
         for name, parameter in model.named_parameters():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(grad, group=topology.cp_group)
             found[f"{kind}/{name}"] = grad
             parameter.grad = None
-    return found
+    return found, sent
 
 
 def run(config: Config, topology: Topology) -> dict:
@@ -132,10 +137,11 @@ def main(out: str, plan: dict[str, dict[str, list[str]]]) -> None:
         rank = topology.rank
         for name, case in cases.items():
             config = load_config([], [*SHAPE, *case, *LAYOUTS[layout]])
+            sent = None
             if topology.tp_size == topology.dp_size == 1 and config.engine.zero_stage < 2:
-                grads = gradients(config, topology)
+                grads, sent = gradients(config, topology)
                 tensors |= {f"{layout}/{name}/{key}": grad for key, grad in grads.items()}
-            results[layout][name] = run(config, topology)
+            results[layout][name] = run(config, topology) | {"sent": sent}
             if rank == 0:
                 print(f"{time.monotonic() - began:6.1f} s  {layout} {name}", flush=True)
         del topology

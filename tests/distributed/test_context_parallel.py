@@ -10,7 +10,10 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.distributed.context_parallel_worker import KINDS, ROWS, SEQUENCE
+from mka_megatron.config.load import load_config
+from mka_megatron.planning.context_traffic import layer_traffic
+from mka_megatron.planning.memory import Layout
+from tests.distributed.context_parallel_worker import KINDS, LAYOUTS, ROWS, SEQUENCE, SHAPE
 from tests.helpers.launch import torchrun
 from tests.helpers.numerics import assert_same
 
@@ -103,6 +106,23 @@ def test_gradients_are_those_of_one_rank(outputs, layout: str, case: str, kind: 
     for name in names:
         found, expected = (gradients[f"{which}/{case}/{kind}/{name}"] for which in (layout, "one"))
         assert_same(found, expected, terms=ROWS * SEQUENCE, scale=largest[name.split(".self_attention")[0]])
+
+
+@pytest.mark.parametrize(("layout", "case"), GRADIENTS, ids=[" ".join(run) for run in GRADIENTS])
+def test_the_plan_knows_what_every_rank_sends(outputs, layout: str, case: str) -> None:
+    """The planner's bytes by purpose are those that the layers counted; where chunks are chosen, at most those."""
+    runs, _ = outputs
+    config = load_config([], [*SHAPE, *ALL[case], *LAYOUTS[layout], f"training.micro_batch_size={ROWS}"])
+    ranks = config.parallel.context_parallel
+    for rank in range(ranks):
+        planned = layer_traffic(config, Layout(1, ranks, 1), rank)
+        for sent in runs[layout][case]["sent"][rank]:
+            counted = {purpose: size for purpose, size in sent.items() if size}
+            if case in SELECTING:
+                for purpose in ("pages", "pages gradient"):
+                    assert counted.pop(purpose, 0) <= planned[purpose]
+                counted |= {purpose: planned[purpose] for purpose in ("pages", "pages gradient") if planned[purpose]}
+            assert counted == planned
 
 
 @pytest.mark.parametrize("case", ALL)
