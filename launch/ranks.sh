@@ -38,8 +38,8 @@ run_torchrun() {
         meet=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29400}"
             --rdzv-id="${JOB_ID:-mka}" --rdzv-conf="is_host=$((NODE_RANK == 0))"
             --local-addr="${LOCAL_ADDR:-$(hostname -f)}")
-        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a shared store does not outlive the first restart
     fi
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # in a shared store, ranks started anew meet the addresses of those before
     run_ranks python -m torch.distributed.run "${meet[@]}" --nproc-per-node="$nproc" \
         --max-restarts="${MAX_RESTARTS:-0}" --shutdown-timeout=600 "$@"
 }

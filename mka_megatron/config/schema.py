@@ -344,7 +344,8 @@ class EngineConfig:
     deepspeed_config: str | None = None
     """Path of a DeepSpeed JSON merged over ours; a key that contradicts this file is refused."""
     timeout_seconds: int = 1800
-    """Time limit of a collective."""
+    """Seconds without progress of any rank (a pass over a micro-batch, an evaluation batch, a checkpoint) after which the
+    run ends with exit code 1 and every rank's stack traces in output_dir/hangs; a collective may take twice as long."""
 
 
 @dataclass(frozen=True)

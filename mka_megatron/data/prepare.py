@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,13 @@ class Prepared:
     """Explicit validation sources, or what is held out of each training source (none where nothing is)."""
 
 
-def prepare(data: DataConfig, *, vocab_size: int | None = None, progress: bool = True) -> Prepared:
+def prepare(
+    data: DataConfig,
+    *,
+    vocab_size: int | None = None,
+    progress: bool = True,
+    note: Callable[[str], None] = lambda doing: None,
+) -> Prepared:
     """Open the data of a run, tokenising what the cache does not hold yet.
 
     Call it on every rank: one process does the work under a file lock while the others wait.
@@ -56,6 +62,7 @@ def prepare(data: DataConfig, *, vocab_size: int | None = None, progress: bool =
         data: the configuration.
         vocab_size: model.vocab_size; null: the tokenizer's.
         progress: show a bar on stderr.
+        note: told what is being read, again and again while that gets on.
 
     Raises:
         DataError: a source, tokenizer or the cache cannot be used; the message names it and the fix.
@@ -70,7 +77,7 @@ def prepare(data: DataConfig, *, vocab_size: int | None = None, progress: bool =
             f"data.valid_fraction: {fraction} is not in [0, 1); give the share of documents to hold out"
         )
     raw = any(source.prefix is None for source in train + valid)
-    tokenizer = _tokenizer(data, train, fraction, progress) if raw or data.tokenizer else None
+    tokenizer = _tokenizer(data, train, fraction, progress, note) if raw or data.tokenizer else None
     size = vocab_size or (tokenizer.vocab_size if tokenizer else None)
     if size is None:
         raise DataError("data.tokenizer: null, and the sources are tokenised already; name their tokenizer")
@@ -81,7 +88,7 @@ def prepare(data: DataConfig, *, vocab_size: int | None = None, progress: bool =
         )
 
     def opened(source: Source, entry: SourceConfig) -> tuple[Corpus, np.ndarray]:
-        return _open(source, entry, data, tokenizer, size, progress)
+        return _open(source, entry, data, tokenizer, size, progress, note)
 
     parts = [opened(source, entry) for source, entry in zip(train, data.train, strict=True)]
     corpora = [corpus for corpus, _ in parts]
@@ -129,7 +136,9 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([_VERSION, *parts]).encode()).hexdigest()[:20]
 
 
-def _tokenizer(data: DataConfig, train: Sequence[Source], fraction: float, progress: bool) -> Tokenizer:
+def _tokenizer(
+    data: DataConfig, train: Sequence[Source], fraction: float, progress: bool, note: Callable[[str], None]
+) -> Tokenizer:
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     texts = [
@@ -145,7 +154,9 @@ def _tokenizer(data: DataConfig, train: Sequence[Source], fraction: float, progr
     final = Path(data.cache_dir) / "tokenizers" / _key(prints, fraction, data.tokenizer_vocab_size)
 
     def build(directory: Path) -> None:
+        note("the reading of text for the tokenizer")
         records = [r for source, keys in texts for r in _head(source, keys, _TOKENIZER_SAMPLE // len(texts))]
+        note("the training of the tokenizer")
         if not records:
             raise DataError(f"data.train: '{texts[0][0].path}' holds no text; name files with text in them")
         if fraction:
@@ -175,6 +186,7 @@ def _open(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     progress: bool,
+    note: Callable[[str], None],
 ) -> tuple[Corpus, np.ndarray]:
     """A source's corpus and the uint64 hash of each of its documents."""
     sft = data.format == "sft"
@@ -188,7 +200,14 @@ def _open(
 
     def build(directory: Path) -> None:
         workers = data.workers if source.size > _WORTH_WORKERS else 1
-        with _bar(f"tokenising {source.path}", source.size, progress) as report:
+        doing = f"the tokenising of {source.path}"
+        note(doing)
+        with _bar(f"tokenising {source.path}", source.size, progress) as bar:
+
+            def report(documents: int, characters: int) -> None:
+                note(doing)
+                bar(documents, characters)
+
             hashes = write_dataset(
                 source.records(keys), str(directory / "tokens"), tokenizer, workers=workers, report=report
             )

@@ -10,6 +10,12 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
+def seed_host(seed: int) -> None:
+    """Seed Python's and NumPy's global generators, which a process otherwise starts at random."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def capture() -> dict[str, Any]:
     """States of Python's, NumPy's, PyTorch's (host and device) and Megatron's generators: tensors and builtins."""
     version, words, gauss = random.getstate()

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +38,6 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
 
 
-class NonFiniteError(RuntimeError):
-    """`training.max_bad_steps` consecutive steps had a non-finite loss or gradient."""
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did; equal on every rank."""
@@ -58,6 +54,19 @@ class StepResult:
     """Learning rate of the step."""
     loss_scale: float
     """fp16: scale of the next step; else 1."""
+
+    @property
+    def bad(self) -> bool:
+        """Skipped for a non-finite loss or gradient; an fp16 overflow under a finite loss is the scale finding its level."""
+        return self.skipped and not (math.isfinite(self.loss) and self.loss_scale > 1.0)
+
+
+class NonFiniteError(RuntimeError):
+    """`training.max_bad_steps` consecutive steps had a non-finite loss or gradient; `result` is the last one's."""
+
+    def __init__(self, message: str, result: StepResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,16 @@ class Engine:
         config: a validated configuration.
         model: `model(tokens, documents, labels) -> nll [B,S]`, built inside `construction_context`.
         topology: process groups and device.
+        note: told what the engine is doing, before each pass over a micro-batch.
 
     Raises:
         ConfigError: the DeepSpeed JSON or the precision cannot be used on this host.
     """
 
-    def __init__(self, config: Config, model: nn.Module, topology: Topology) -> None:
-        self.config, self.topology, self.model = config, topology, model
+    def __init__(
+        self, config: Config, model: nn.Module, topology: Topology, note: Callable[[str], None] = lambda doing: None
+    ) -> None:
+        self.config, self.topology, self.model, self.note = config, topology, model, note
         self.step = 0
         self.bad_steps = 0
         self.accumulation = deepspeed_config.accumulation_steps(config, topology.dp_size)
@@ -140,6 +152,7 @@ class Engine:
         scale = self.averaged_over * self.passes / max(labels, 1)
         total = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for index, (batch, session) in enumerate(self._parts(shards)):
+            self.note(f"step {self.step + 1}, pass {index + 1} of {self.passes}")
             nll = self._forward(batch, session).sum()
             total += nll.detach()
             factor = torch.tensor(scale, dtype=torch.float32, device=nll.device)
@@ -241,19 +254,14 @@ class Engine:
         return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
 
     def _guard(self, result: StepResult) -> None:
-        """Count bad steps; an fp16 overflow under a finite loss is the loss scale finding its level."""
-        if not result.skipped:
-            self.bad_steps = 0
-        elif not (math.isfinite(result.loss) and result.loss_scale > 1.0):
-            self.bad_steps += 1
+        """Count bad steps."""
+        self.bad_steps = self.bad_steps + result.bad if result.skipped else 0
         limit = self.config.training.max_bad_steps
         if self.bad_steps >= limit:
-            size = self.config.training.global_batch_size
-            first = (self.step - limit) * size
             raise NonFiniteError(
                 f"the loss or its gradient was not finite in {limit} consecutive steps (steps {self.step - limit + 1} to "
-                f"{self.step}, samples {first} to {self.step * size - 1} in data order, last loss {result.loss}); "
-                "resume from the last checkpoint with a lower training.learning_rate, or look at these samples."
+                f"{self.step}, last loss {result.loss})",
+                result,
             )
 
 

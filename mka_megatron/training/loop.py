@@ -24,22 +24,25 @@ from mka_megatron.data.loader import Prefetcher, ValidBatches, train_batches, va
 from mka_megatron.data.ngram import bigram_nll
 from mka_megatron.data.prepare import prepare
 from mka_megatron.model.build import build_model
-from mka_megatron.parallel import groups
+from mka_megatron.parallel import groups, rng
 from mka_megatron.parallel.groups import Topology
 from mka_megatron.planning.cluster import peak_flops
 from mka_megatron.planning.flops import model_flops
-from mka_megatron.training import checkpoint, profile
-from mka_megatron.training.engine import Engine, StepResult, construction_context
+from mka_megatron.training import profile
+from mka_megatron.training.engine import Engine, NonFiniteError, StepResult, construction_context
 from mka_megatron.training.host import memory_gib
 from mka_megatron.training.interrupt import Interrupt
 from mka_megatron.training.monitor import Monitor
 from mka_megatron.training.norms import parameter_count, parameter_norm
 from mka_megatron.training.progress import Display
 from mka_megatron.training.records import Evaluation, StepRecord, perplexity
+from mka_megatron.training.saving import Saver
 from mka_megatron.training.start import check_output, rank_0_first, resume
 from mka_megatron.training.summary import Summary, Throughput, metrics, rows
+from mka_megatron.training.watchdog import Watchdog
 
 _BIGRAM_TOKENS = 1_000_000_000  # minutes of counting
+_COLLECTIVE_LIMIT = 2  # times engine.timeout_seconds: the watchdog is to find a hang first, and say where it is
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +59,13 @@ def train(config: Config) -> Summary:
         NonFiniteError: too many consecutive steps without a finite loss and gradient.
     """
     check_output(config.training)
-    topology = groups.initialize(config.parallel, config.engine.timeout_seconds, config.training.seed)
+    limit = config.engine.timeout_seconds
+    topology = groups.initialize(config.parallel, _COLLECTIVE_LIMIT * limit, config.training.seed)
+    rng.seed_host(config.training.seed)
     try:
         profile.check(config.logging.memory_snapshot_steps, topology.device)
-        return Run(config, topology).run()
+        with Watchdog(Path(config.training.output_dir), topology.rank, topology.world_size, limit) as watchdog:
+            return Run(config, topology, watchdog).run()
     finally:
         groups.destroy()
 
@@ -69,6 +75,7 @@ class Tally:
     """Training steps of this process so far."""
 
     steps: int = 0
+    skipped: int = 0
     tokens: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
@@ -76,6 +83,7 @@ class Tally:
 
     def add(self, record: StepRecord) -> None:
         self.steps += 1
+        self.skipped += record.skipped
         self.tokens += record.processed
         self.seconds += record.seconds
         self.data_seconds += record.data_seconds
@@ -89,34 +97,46 @@ class Tally:
 class Run:
     """The parts of a run, built in order by the constructor, and the loop over them."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        self.config, self.topology = config, topology
+    def __init__(self, config: Config, topology: Topology, watchdog: Watchdog) -> None:
+        self.config, self.topology, self.watchdog = config, topology, watchdog
         self.began = time.monotonic()
         self.output_dir = Path(config.training.output_dir)
         rank_0 = topology.rank == 0
-        limit = timedelta(seconds=config.engine.timeout_seconds)
+        limit = timedelta(seconds=_COLLECTIVE_LIMIT * config.engine.timeout_seconds)
         # Agreement between hosts must not wait behind the device's stream.
         self.host_group = dist.new_group(backend="gloo", timeout=limit) if topology.world_size > 1 else None
         self.display = Display(config.training.steps, bar=config.logging.progress) if rank_0 else None
         if self.display is not None:
             self.display.line(f"preparing data in {config.data.cache_dir}")
         bars = rank_0 and sys.stderr.isatty()
+        watchdog.note("the data preparation")
         self.data = rank_0_first(
-            lambda: prepare(config.data, vocab_size=config.model.vocab_size, progress=bars), topology
+            lambda: prepare(config.data, vocab_size=config.model.vocab_size, progress=bars, note=watchdog.note_alone), topology
         )
         self.valid = self._valid_batches(topology.dp_rank, topology.dp_size)
+        watchdog.note("the building of the model")
         construction = construction_context(config, topology)
         self.model = build_model(config, topology, self.data.vocab_size, construction)
         self.parameters = parameter_count(self.model, topology)
-        self.engine = Engine(config, self.model, topology)
+        self.engine = Engine(config, self.model, topology, watchdog.note)
         self.flops = model_flops(config, self.data.vocab_size)
         self.peak_flops = device_peak(config, topology.device)
+        watchdog.note("the reading of a checkpoint")
         self.checkpoint, state = resume(self.engine, config.training)
+        self.saver = Saver(
+            self.engine,
+            self.output_dir,
+            config.training.keep_last,
+            self.host_group,
+            background=config.training.async_save,
+            published=self._published,
+        )
         if self.engine.segments is not None:
             self.engine.segments.open()
         self.first_step = self.engine.step
         self.consumed_samples: int = state["consumed_samples"] if state else 0
         self.evaluations = [Evaluation(**entry) for entry in state["evaluations"]] if state else []
+        self.bad_from: int | None = state.get("bad_from")  # first sample of the bad steps before this one, if any
         self.tally = Tally()
         self.train_loss: float | None = None
         self.monitor = self._monitor(self.display) if self.display is not None else None
@@ -129,6 +149,9 @@ class Run:
             if signalled is None:
                 self._evaluate()
             return self._finish(signalled)
+        except NonFiniteError:  # on every rank at the same step
+            self.saver.finish()
+            raise
         finally:
             if self.monitor is not None:
                 self.monitor.close()
@@ -143,6 +166,7 @@ class Run:
                 step = self.engine.step + 1
                 began = time.perf_counter()
                 if not micro_batches:
+                    self.watchdog.note(f"the reading of the batch of step {step}")
                     micro_batches = next(batches)
                 fetched = time.perf_counter()
                 with profile.step_profile(
@@ -152,12 +176,16 @@ class Run:
                     self.output_dir / "profile",
                     self.topology.rank,
                 ):
-                    result = self.engine.train_step(micro_batches)
+                    result, failure = self._step(micro_batches)
                 self._book(result, micro_batches, time.perf_counter() - began, fetched - began)
+                if failure is not None:
+                    self._log(result)
+                    raise failure
                 if self.engine.segments is None or self.engine.segments.next == 0:
                     self.consumed_samples += training.global_batch_size
                     micro_batches = ()
                 last = step == training.steps
+                self.saver.poll()
                 signalled = interrupt.agreed()
                 if signalled or last or step % report.interval == 0:
                     self._log(result)
@@ -166,9 +194,28 @@ class Run:
                     signalled = interrupt.agreed()
                 if signalled or last or due(step, training.save_interval):
                     self._save()
+                if signalled or last:
+                    self.saver.finish()
                 if signalled and not last:
                     return signalled
         return None
+
+    def _step(self, micro_batches: Sequence[Batch]) -> tuple[StepResult, NonFiniteError | None]:
+        """One step, and the error that ends the run once it is booked."""
+        first, last = self._samples()
+        try:
+            return self.engine.train_step(micro_batches), None
+        except NonFiniteError as error:
+            begin = first if self.bad_from is None else self.bad_from
+            return error.result, NonFiniteError(
+                f"{error}; they were samples {begin} to {last} in data order: resume from the last checkpoint with a lower "
+                "training.learning_rate, or look at these samples, which a resume without a change meets again.",
+                error.result,
+            )
+
+    def _samples(self) -> tuple[int, int]:
+        """First and last sample of the step's global batch, in data order."""
+        return self.consumed_samples, self.consumed_samples + self.config.training.global_batch_size - 1
 
     def _book(
         self, result: StepResult, batches: Sequence[Batch], seconds: float, data_seconds: float
@@ -179,6 +226,7 @@ class Run:
         pairs = sum(self.flops.pairs(batch.documents.spans) for batch in batches)
         record = StepRecord(
             step=self.engine.step,
+            samples=self._samples(),
             loss=result.loss,
             grad_norm=result.grad_norm,
             learning_rate=result.learning_rate,
@@ -192,6 +240,12 @@ class Run:
         self.tally.add(record)
         if self.monitor is not None:
             self.monitor.step(record)
+        if not self.engine.bad_steps:
+            self.bad_from = None
+        elif result.bad:
+            self.bad_from = record.samples[0] if self.bad_from is None else self.bad_from
+            if self.monitor is not None:
+                self.monitor.bad_step(record, self.engine.bad_steps)
 
     def _log(self, result: StepResult) -> None:
         norm = parameter_norm(self.model, self.topology)
@@ -222,7 +276,7 @@ class Run:
         if not self.data.valid or (self.evaluations and self.evaluations[-1].step == self.engine.step):
             return
         began = time.perf_counter()
-        result = self.engine.evaluate(self.valid)
+        result = self.engine.evaluate(self.watchdog.over(self.valid, f"the evaluation after step {self.engine.step}"))
         evaluation = Evaluation(
             step=self.engine.step,
             loss=result.loss,
@@ -239,21 +293,24 @@ class Run:
             )
 
     def _save(self) -> None:
-        step = self.engine.step
+        self.watchdog.note(f"the checkpoint of step {self.engine.step}")
         state = {
             "consumed_samples": self.consumed_samples,
+            "bad_from": self.bad_from,
             "evaluations": [asdict(item) for item in self.evaluations],
         }
-        self.checkpoint = checkpoint.save(
-            self.engine, self.output_dir, step, state, self.config.training.keep_last
-        )
+        self.saver.save(self.engine.step, state)
+
+    def _published(self, path: Path) -> None:
+        self.checkpoint = path
         if self.monitor is not None:
-            self.monitor.say(f"step {step}/{self.config.training.steps} | saved {self.checkpoint}")
+            self.monitor.say(f"step {self.engine.step}/{self.config.training.steps} | saved {path}")
 
     def _finish(self, signalled: signal.Signals | None) -> Summary:
         peak = torch.tensor(self._peak(), dtype=torch.float64)
         if self.host_group is not None:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.host_group)
+        self.watchdog.close()  # what follows is rank 0's
         bigram = self._bigram() if self.monitor is not None and signalled is None else None
         summary = self._summary(signalled, bigram, float(peak))
         if self.monitor is not None:
@@ -288,6 +345,7 @@ class Run:
             step=self.engine.step,
             interrupted=signalled.name if signalled else None,
             resumed_from=self.first_step or None,
+            skipped_steps=self.tally.skipped,
             train_loss=self.train_loss,
             evaluations=tuple(self.evaluations),
             bigram_loss=bigram_loss,

@@ -73,6 +73,7 @@ class LossLog:
     def write(self, record: StepRecord) -> None:
         line = {
             "step": record.step,
+            "samples": record.samples,
             "loss": record.loss if math.isfinite(record.loss) else None,
             "loss_hex": record.loss.hex(),
             "grad_norm_hex": record.grad_norm.hex(),
@@ -122,6 +123,15 @@ class Monitor:
         self._losses.write(record)
         self._window.add(record)
         self._display.advance(record.step, record.seconds)
+
+    def bad_step(self, record: StepRecord, in_a_row: int) -> None:
+        """Tell at once of a step whose loss or gradient was not finite."""
+        first, last = record.samples
+        self._display.line(
+            f"step {record.step}: loss {record.loss:.4g}, gradient norm {record.grad_norm:.4g}: the step was not applied "
+            f"(bad step {in_a_row} in a row, samples {first} to {last} in data order)"
+        )
+        self._write(record.step, {"bad steps in a row": float(in_a_row)})
 
     def log(
         self,

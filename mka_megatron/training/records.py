@@ -12,6 +12,8 @@ class StepRecord:
     `processed` all token slots of the global batch."""
 
     step: int
+    samples: tuple[int, int]
+    """First and last sample of its global batch, in data order."""
     loss: float
     grad_norm: float
     learning_rate: float

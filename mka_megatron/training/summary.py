@@ -45,6 +45,8 @@ class Summary:
     """Name of the signal that stopped the run early."""
     resumed_from: int | None
     """Step of the checkpoint that this process started from."""
+    skipped_steps: int
+    """Steps of this process that were not applied: non-finite, or an fp16 overflow."""
     train_loss: float | None
     """Mean over the last `logging.interval` steps, nats per token."""
     evaluations: tuple[Evaluation, ...]
@@ -75,6 +77,7 @@ def metrics(summary: Summary, config: Config, peak_flops: float | None) -> dict[
         "interrupted": summary.interrupted,
         "step": summary.step,
         "resumed_from": summary.resumed_from,
+        "skipped_steps": summary.skipped_steps,
         "final": {
             "train_loss": summary.train_loss,
             "valid_loss": last.loss if last else None,
@@ -109,6 +112,7 @@ def rows(summary: Summary, config: Config) -> list[tuple[str, str | None]]:
     return [
         ("parameters", f"{summary.parameters:,}"),
         ("steps", f"{summary.step:,}"),
+        ("steps skipped", f"{summary.skipped_steps:,}" if summary.skipped_steps else None),
         ("train loss", _nats(summary.train_loss)),
         ("held-out loss", _nats(last.loss if last else None)),
         ("held-out perplexity", f"{last.perplexity:.2f} on {last.tokens:,} tokens" if last else None),

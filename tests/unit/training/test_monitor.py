@@ -20,6 +20,7 @@ from mka_megatron.training.records import Evaluation, StepRecord, Window, perple
 def record(step: int, loss: float = 2.0, *, skipped: bool = False, seconds: float = 0.5) -> StepRecord:
     return StepRecord(
         step=step,
+        samples=(8 * step - 8, 8 * step - 1),
         loss=loss,
         grad_norm=1.5,
         learning_rate=1e-3,

@@ -1,0 +1,160 @@
+"""A run that stands still is ended, with the stack traces of every rank and one sentence on who is behind.
+
+Each rank's watchdog is a thread that tells of the rank's progress in a small file, `output_dir/ranks/<rank>`, which
+the others read once they wait themselves. Files, because a stopped rank takes its part of any process group with it, and
+rank 0 the store. No progress of any rank for the limit is a hang: every rank writes its stack traces and ends with exit
+code 1, for torchrun to start the ranks anew. A stopped process (SIGSTOP, a dead disk) writes nothing; it is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+_LONGEST_PERIOD = 30.0
+_MARKER = "hang"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank's file says. `beat` grows while the process lives, `progress` while its main thread gets on, and
+    `place` counts what all ranks do in the same order."""
+
+    beat: int
+    progress: int
+    place: int
+    doing: str
+    host: str
+    pid: int
+    parent: int
+
+
+class Watchdog:
+    """Context manager around a run; its main thread calls :meth:`note` whenever it gets on.
+
+    Args:
+        output_dir: on a file system that all ranks share.
+        rank, world_size: of this process.
+        limit: seconds without progress of any rank after which the run is ended.
+    """
+
+    def __init__(self, output_dir: Path, rank: int, world_size: int, limit: float) -> None:
+        self._folder, self._hangs = output_dir / "ranks", output_dir / "hangs"
+        self._rank, self._world_size, self._limit = rank, world_size, limit
+        self._period = min(limit / 20, _LONGEST_PERIOD)
+        self._beat = self._progress = self._place = 0
+        self._doing, self._at = "starting", time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            (self._folder / _MARKER).unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching, and remove this rank's file; again does nothing."""
+        self._ended.set()
+        self._thread.join(2 * self._period)
+        (self._folder / str(self._rank)).unlink(missing_ok=True)
+
+    def note(self, doing: str) -> None:
+        """The main thread got on, and does `doing` now, as all ranks do in the same order."""
+        self._place += 1
+        self.note_alone(doing)
+
+    def note_alone(self, doing: str) -> None:
+        """The same for what the others wait for."""
+        self._doing, self._at, self._progress = doing, time.monotonic(), self._progress + 1
+
+    def over(self, items: Iterable[T], doing: str) -> Iterator[T]:
+        """`items`, each of them noted."""
+        for number, item in enumerate(items, 1):
+            self.note(f"{doing}, part {number}")
+            yield item
+
+    def _run(self) -> None:
+        first: dict[int, Beat] = {}  # the others' files when this rank began to wait
+        last: dict[int, Beat] = {}
+        progressed = 0.0
+        while not self._ended.wait(self._period):
+            with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
+                self._tell()
+            now, waiting = time.monotonic(), time.monotonic() - self._at
+            if waiting < self._limit / 10:
+                first = {}
+                continue
+            beats = self._others()
+            if not first or any(beat.progress != last[rank].progress for rank, beat in beats.items() if rank in last):
+                progressed = now
+            first, last = first or beats, beats
+            if (self._folder / _MARKER).exists() or min(waiting, now - progressed) >= self._limit:
+                self._end({rank for rank, beat in beats.items() if rank in first and beat.beat == first[rank].beat}, beats)
+
+    def _tell(self) -> None:
+        """Write this rank's file."""
+        self._beat += 1
+        partial = self._folder / f".{self._rank}"
+        partial.write_text(json.dumps(vars(self._own())))
+        os.replace(partial, self._folder / str(self._rank))
+
+    def _own(self) -> Beat:
+        return Beat(self._beat, self._progress, self._place, self._doing, socket.gethostname(), os.getpid(), os.getppid())
+
+    def _others(self) -> dict[int, Beat]:
+        """The other ranks' files; one that has ended has none."""
+        found = {}
+        for rank in range(self._world_size):
+            if rank != self._rank:
+                try:
+                    found[rank] = Beat(**json.loads((self._folder / str(rank)).read_text()))
+                except (OSError, ValueError, TypeError):
+                    continue
+        return found
+
+    def _end(self, silent: set[int], beats: dict[int, Beat]) -> None:
+        """Write the stack traces, let the others do the same, and end the process."""
+        try:
+            self._hangs.mkdir(exist_ok=True)
+            path = self._hangs / f"rank-{self._rank:05d}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
+            with open(path, "w") as file:
+                print(f"rank {self._rank}, in {self._doing} for {time.monotonic() - self._at:.0f} s", file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+            (self._folder / _MARKER).touch()
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        if not set(range(self._rank)) & set(beats) - silent:  # the first rank that can, for all
+            print(self._sentence(silent, beats), file=sys.stderr, flush=True)
+        self._ended.wait(2 * self._period + 1)
+        for rank in silent:  # torchrun would wait for them before it starts the ranks anew
+            if (beats[rank].host, beats[rank].parent) == (socket.gethostname(), os.getppid()):
+                os.kill(beats[rank].pid, signal.SIGKILL)
+        os._exit(1)
+
+    def _sentence(self, silent: set[int], beats: dict[int, Beat]) -> str:
+        doing: dict[str, list[str]] = {}
+        for rank, beat in sorted((beats | {self._rank: self._own()}).items(), key=lambda item: (item[1].place, item[0])):
+            lost = f" (process {beat.pid} on {beat.host}, which does not answer and leaves no stack trace)" if rank in silent else ""
+            doing.setdefault(beat.doing, []).append(f"rank {rank}{lost}")
+        places = "; then ".join(f"{', '.join(ranks)} in {what}" for what, ranks in doing.items())
+        return (f"no rank has made progress for {self._limit:.0f} s (engine.timeout_seconds), the one behind first: {places}; stack "
+                f"traces are in {self._hangs}, and the run ends with exit code 1.")  # fmt: skip
