@@ -54,14 +54,24 @@ def block_pairs(spans: Spans, memory: MemoryConfig) -> int:
     """The same of the block core: the window, a summary per chunk before it, and the tokens of recalled chunks."""
     size, window = memory.l1.chunk_size, (memory.l1.window or 0) // memory.l1.chunk_size
     recalled = memory.l3.recalled_chunks if memory.l3.enabled else 0
+
+    def keys(chunks: int) -> int:
+        """Keys of earlier chunks that one query of each of the first `chunks` chunks sees."""
+        past = max(0, chunks - window + 1)
+        return (_capped_sum(chunks, window - 1) + _capped_sum(past, recalled)) * size + memory.l2.enabled * _capped_sum(past, past)
+
     pairs = 0
     for _, begin, end in spans:
-        for chunk, first in enumerate(range(0, end - begin, size)):
-            queries = min(size, end - begin - first)
-            past = max(0, chunk - window + 1)
-            keys = min(chunk, window - 1) * size + past * memory.l2.enabled + min(past, recalled) * size
-            pairs += queries * keys + queries * (queries + 1) // 2
+        whole, rest = divmod(end - begin, size)
+        pairs += keys(whole) * size + (keys(whole + 1) - keys(whole)) * rest  # of earlier chunks
+        pairs += whole * (size * (size + 1) // 2) + rest * (rest + 1) // 2  # of its own
     return pairs
+
+
+def _capped_sum(count: int, most: int) -> int:
+    """0 + 1 + ... + (count - 1), each term at most `most`."""
+    below = min(count, most)
+    return below * (below - 1) // 2 + (count - below) * most
 
 
 def weights(config: Config, vocab_size: int) -> int:

@@ -74,7 +74,7 @@ def make(rng: random.Random, folder: Path) -> Case:
         case.files.append(str(source.relative_to(CONFIGS)))
     if loader == "attention":
         _model(case, folder, rng)
-    for add_one in (_bases, _model, _deepspeed):
+    for add_one in (_bases, _model, _deepspeed, _long):
         if rng.random() < 0.05:
             add_one(case, folder, rng)
     if rng.random() < 0.3:
@@ -174,6 +174,13 @@ def _deepspeed(case: Case, folder: Path, rng: random.Random) -> None:
     """A DeepSpeed JSON of the user's."""
     _write(case, folder / "ds.json", _damaged(json.dumps(_edited(build(Config(), 1, False), rng)), rng))
     case.overrides.append(f"engine.deepspeed_config={folder / 'ds.json'}")
+
+
+def _long(case: Case, folder: Path, rng: random.Random) -> None:
+    """The longest row in the shortest chunks: whatever counts them one by one never ends."""
+    case.overrides += ["attention.variant=blockmka", "data.reset_at_documents=false", "data.pad_documents_to_chunks=false",
+                       "data.sequence_length=2147483640", "model.max_position_embeddings=2147483640",
+                       f"memory_hierarchy.l1.chunk_size={rng.choice([1, 8])}", "memory_hierarchy.l1.window=8"]  # fmt: skip
 
 
 def _edited(tree: Tree, rng: random.Random) -> Tree:
