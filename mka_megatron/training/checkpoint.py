@@ -75,8 +75,8 @@ def load(engine: Engine, checkpoint: Checkpoint | str | Path) -> dict[str, Any]:
     reshape.check(engine, checkpoint, changes)
     hyperparameters = [_hyperparameters(group) for group in engine.deepspeed.optimizer.param_groups]
     if changes:
-        _announce(checkpoint, changes)
         reshape.load(engine, checkpoint, _first_problem)
+        _announce(checkpoint, changes)
     elif swapped.applies(engine):
         swapped.load(engine, checkpoint.path)
         loss_scale.restore(engine.deepspeed.optimizer, checkpoint.body["engine"]["loss_scale"])

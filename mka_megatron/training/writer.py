@@ -32,7 +32,7 @@ class HashingFile(io.RawIOBase):
         try:
             self.file.write(data)
         except OSError as error:
-            self.error = self.error or error
+            self.error = self.error or OSError(error.errno, error.strerror)  # without the frames, which hold the data
             raise
         self.digest.update(data)
         self.size += len(data)
@@ -164,7 +164,7 @@ class BackgroundWriter(Writer):
                     file.write(copy.pieces.popleft())
 
             self._write(path, fill)
-            del copy, fill
+            copy.pieces.clear()
 
 
 def _close_quietly(file: HashingFile) -> None:

@@ -5,12 +5,14 @@ python -m torch.distributed.run --nproc_per_node=2 checkpoint_worker.py DIRECTOR
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import random
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from mka_megatron.parallel import groups
 from mka_megatron.parallel.groups import Topology
-from mka_megatron.training import checkpoint
+from mka_megatron.training import checkpoint, manifest, saving, writer
 from mka_megatron.training.checkpoint import CheckpointError
 from tests.distributed.engine_worker import NVME, OFFLOAD, SHARDED, ZERO
 from tests.helpers.engine_runs import config_of, engine_of, micro_batches, train
@@ -165,15 +167,12 @@ def damage(topology: Topology, folder: Path) -> dict:
 
 
 def mismatches(topology: Topology, folder: Path) -> dict:
-    """Loading into other layouts and models; the same layout with other hyperparameters is fine."""
+    """Loading into another precision or model; the same model with other hyperparameters is fine."""
     base = [*ZERO["zero1"], f"training.output_dir={folder}"]
     engine = engine_of(config_of(base), topology)
     saved = checkpoint.save(engine, folder, 0, {}, keep_last=1)
     engine.close()
-    cases = {
-        "stage": ["engine.zero_stage=2"], "offload": ["engine.offload_optimizer=cpu"],
-        "precision": ["training.precision=bf16"], "model": ["routing.gate_hidden_size=8"],
-    }
+    cases = {"precision": ["training.precision=bf16"], "model": ["routing.gate_hidden_size=8"]}
     said = {}
     for name, case in cases.items():
         engine = engine_of(config_of([*base, *case]), topology)
@@ -183,10 +182,6 @@ def mismatches(topology: Topology, folder: Path) -> dict:
     checkpoint.load(engine, saved)
     group = engine.deepspeed.optimizer.param_groups[0]
     said["hyperparameters"] = [group["weight_decay"], list(group["betas"])]
-    engine.close()
-    sharded = [*base, "parallel.tensor_parallel=2"]
-    engine = engine_of(config_of(sharded), regroup(sharded))
-    said["tensor parallel"] = attempt(lambda: checkpoint.load(engine, saved))
     engine.close()
     return said
 
@@ -238,6 +233,73 @@ def limit_files(rank: int) -> Callable[[], Callable[[], None]]:
     return fill
 
 
+def held() -> int:
+    """Bytes of checkpoints that lie in host memory."""
+    return sum(len(piece) for each in gc.get_objects() if isinstance(each, writer.Copy) for piece in each.pieces)
+
+
+def background(case: list[str], topology: Topology, folder: Path) -> dict:
+    """A save from a thread that is held up while training goes on, against one at the same step that waited; the next save
+    waits for it, and then one that meets a full disk."""
+    config = config_of([*case, f"training.output_dir={folder}"])
+    engine = engine_of(config, topology)
+    train(engine, 0, 2)
+    waited = manifest.verify(checkpoint.save(engine, folder / "waited", 2, {"consumed_samples": 16}, keep_last=2))
+    gate, wait, begin = threading.Event(), writer.BackgroundWriter._write, saving.begin
+    published: list[Path] = []
+    copies, out = [], folder / "copied"
+
+    def gated(self, path: Path, fill) -> None:
+        gate.wait()
+        wait(self, path, fill)
+
+    def counted(*args, **kwargs):
+        copies.append(held())  # of the save before
+        return begin(*args, **kwargs)
+
+    writer.BackgroundWriter._write, saving.begin = gated, counted  # type: ignore[method-assign,assignment]
+    group = dist.new_group(backend="gloo")
+    saver = saving.Saver(engine, out, 2, group, background=True, published=published.append)
+    saver.save(2, {"consumed_samples": 16})
+    full = held()
+    for step in range(2, 5):
+        train(engine, step, step + 1)
+        saver.poll()
+    before = {"names": names(out), "published": len(published), "copy": full, "still": held()}
+    dist.barrier()
+    delay = 0.5 * (1 + dist.get_rank())
+    threading.Timer(delay, gate.set).start()
+    began = time.monotonic()
+    saver.save(5, {"consumed_samples": 40})
+    took, on_return = time.monotonic() - began, [path.name for path in published]
+    saver.finish()
+    saver.finish()  # nothing is in flight
+    again = manifest.verify(out / "checkpoints" / "step-00000002")
+    fresh = engine_of(config_of([*case, "training.seed=7"]), topology)
+    checkpoint.load(fresh, checkpoint.newest_intact(out))
+    straight, resumed = train(engine, 5, 7), train(fresh, 5, 7)
+    fresh.close()
+    undo = limit_files(1)()
+    saver.save(8, {})
+    train(engine, 7, 8)
+    said = attempt(lambda: (saver.poll(), time.sleep(1), saver.poll(), saver.finish()))
+    undo()
+    left = names(out)
+    saver.save(8, {})
+    saver.finish()
+    writer.BackgroundWriter._write, saving.begin = wait, begin  # type: ignore[method-assign]
+    gc.collect()
+    threads = [thread.name for thread in threading.enumerate() if thread.name == "checkpoint writer"]
+    engine.close()
+    dist.barrier()
+    size = sum(entry["size"] for name, entry in waited.body["files"].items())
+    return {
+        "before": before, "took": took, "delay": delay, "on_return": on_return, "copies": copies, "after": held(), "size": size,
+        "same": again.body["files"] == waited.body["files"], "straight": straight, "resumed": resumed, "said": said,
+        "left": left, "newest": names(out), "threads": threads, "state": again.body["state"],
+    }
+
+
 def main(directory: Path, with_nvme: bool, small_disk: Path | None) -> None:
     get_accelerator().is_fp16_supported = lambda: True
     topology = groups.initialize(config_of([]).parallel)
@@ -261,6 +323,8 @@ def main(directory: Path, with_nvme: bool, small_disk: Path | None) -> None:
         record("full disk", full_disk(ZERO["zero1"], topology, small_disk, fill_disk(small_disk, 3 << 20)))
     record("mismatches", mismatches(topology, directory / "mismatches"))
     topology = regroup([])
+    for name in ("zero0", "zero1", "zero3"):
+        record(f"background {name}", background(ZERO[name], topology, directory / f"background-{name}"))
     for name, case in RESUMED.items():
         if name.startswith("tp2") and topology.tp_size == 1:
             topology = regroup(SHARDED)
