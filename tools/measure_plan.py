@@ -8,7 +8,7 @@ of its own, forked once the imports are done). The world is what torchrun starts
 
 On a CPU the figure is the peak resident set (VmHWM, reset through /proc/self/clear_refs) of the steps, net of the same
 process with its imports done and its process groups up, before the model exists, and net of the pages of libraries'
-files that the first step reads in (RssFile). malloc gets a fixed mmap threshold of 64 KiB and one arena, so that a
+files that the first step reads in (RssFile). malloc keeps its default mmap threshold of 128 KiB and one arena, so that a
 tensor's memory goes back to the system when the tensor does: without that glibc raises the threshold up to 32 MiB and
 keeps freed blocks, and the peak would depend on the order of allocations. On CUDA it is
 torch.cuda.max_memory_allocated, net of what was allocated before the model.
@@ -42,7 +42,7 @@ from mka_megatron.training.engine import Engine, construction_context
 
 _MIB = 1 << 20
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
-_SMALLEST_MAPPED = 1 << 16
+_SMALLEST_MAPPED = 1 << 17
 
 
 def main() -> int:

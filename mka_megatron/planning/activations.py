@@ -87,9 +87,10 @@ def _grouped(config: Config, tensor: int, width: int, cuda: bool) -> Mapping[str
     projections["raw queries"] = q * width if raw else 0.0
     core = {"lse": heads * _FP32, "rotary": 2 * model.head_dim * (_FP32 if width == _FP32 else 2 * width)}
     if model.qk_norm:
-        core["q/k-norm"] = kv * width if cuda else (q + kv) * _FP32 + (0 if width == _FP32 else (q + kv) * _FP32)
+        kept = kv * width if cuda else (q + kv) * _FP32 * (1 if width == _FP32 else 2)
+        core["q/k-norm"] = kept + (heads + groups) * _FP32
     core |= _cores(config, q, kv, heads, groups, levels, width, cuda)
-    copied = block or selective or config.training.micro_batch_size > 1
+    copied = block or selective
     return {"projections": projections, "core": core, "out": {"heads": q * width if copied else 0.0}}
 
 

@@ -16,8 +16,8 @@ _SUB_GROUP = 100_000_000
 """Elements of a group of states that NVMe offload reads at a time (training/deepspeed_config.py)."""
 _OPTIMIZER_BUFFERS, _WEIGHT_BUFFERS = 4, 5
 """DeepSpeed's offload_optimizer.buffer_count and offload_param.buffer_count."""
-_RECORD = 256
-"""Bytes of a page besides its keys and values: header, checksums, lengths."""
+_HEADER, _CHECKSUM, _LINE, _SECTOR = 128, 8, 64, 4096
+"""Of a page (memory/tiers/pages.py): bytes before its contents and behind them, and what it is padded to in DRAM, on SSD."""
 
 Named = tuple[str, Term]
 
@@ -41,8 +41,6 @@ def of_rank(config: Config, run: Run, parameters: Sequence[Parameter], tokens: i
         size = _WEIGHT_BUFFERS * buffer * run.width
         dram.append(("offloaded weights", Term(size, f"{_WEIGHT_BUFFERS} buffers x {buffer:,} x {run.width} B")))
         ssd.append(("offloaded weights", Term(owned * run.width, f"{owned:,} x {run.width} B")))
-    if config.training.async_save:
-        dram.append(("asynchronous save", _saved(run, parameters)))
     pages = _pages(config, tokens, tensor, run)
     if pages is not None:
         l3 = config.memory_hierarchy.l3
@@ -87,12 +85,14 @@ def _swapped_optimizer(run: Run, parameters: Sequence[Parameter]) -> tuple[Term,
     return inside, Term(owned * 16, f"{owned:,} x 16 B (moments, fp32 weights, gradients)")
 
 
-def _saved(run: Run, parameters: Sequence[Parameter]) -> Term:
-    """The copy that a checkpoint is written from while training goes on."""
-    owned, p = _owned(run, parameters), elements(parameters)
-    weights = owned if run.stage == 3 else p
-    size = weights * run.width + owned * 12
-    return Term(size, f"{weights:,} weights x {run.width} B and {owned:,} x 12 B of states")
+def saved_on_node(run: Run, parameters: Sequence[Parameter], ranks: int, writers: int) -> Term:
+    """What `ranks` ranks keep of a checkpoint that is written while training goes on; `writers` of them write weights."""
+    p, owned = elements(parameters), _owned(run, parameters)
+    if run.stage == 0:
+        each = run.width + 8 + _FP32 * (run.width < _FP32)
+        return Term(writers * p * each, f"{writers} ranks x {p:,} x {each} B (weights and states)")
+    weights = 0 if run.stage == 3 else writers * p * run.width
+    return Term(weights + ranks * owned * 12, f"{ranks} ranks x {owned:,} x 12 B of states, and {weights:,} B of weights")
 
 
 def _pages(config: Config, tokens: int, tensor: int, run: Run) -> Term | None:
@@ -106,6 +106,10 @@ def _pages(config: Config, tokens: int, tensor: int, run: Run) -> Term | None:
     per_step = training.segments_per_step or passes
     samples = training.micro_batch_size * (1 if per_step == passes else max(1, run.passes // per_step))
     chunks = tokens // training.micro_batch_size * passes // chunk
-    record = 2 * (chunk + 1) * model.head_dim * width + _RECORD
+    l3 = memory.l3
+    signature = 8 * (l3.hash_tables * l3.hash_bits // 64 if l3.selection == "hash" else model.head_dim)
+    used = _HEADER + signature + 2 * (chunk + 1) * model.head_dim * width + _CHECKSUM
+    padded = _SECTOR if l3.placement == "ssd" else _LINE
+    record = -(-used // padded) * padded
     pages = samples * model.num_layers * heads * chunks
     return Term(pages * record, f"{pages:,} pages of {samples} rows x {record:,} B")

@@ -76,10 +76,15 @@ def node_memory(
     run = _run(config, layout, device)
     parameters = rank_parameters(config, vocab_size, layout.tensor)
     dram, ssd = host.of_rank(config, run, parameters, _tokens(config, layout), layout.tensor)
-    return tuple(
-        tuple(Part(name, ranks_per_node * term.bytes, f"{ranks_per_node} ranks x ({term.words})") for name, term in of_rank)
-        for of_rank in (dram, ssd)
-    )  # type: ignore[return-value]
+
+    def of_node(of_rank: list[tuple[str, Term]]) -> tuple[Part, ...]:
+        return tuple(Part(name, ranks_per_node * term.bytes, f"{ranks_per_node} ranks x ({term.words})") for name, term in of_rank)
+
+    saved: tuple[Part, ...] = ()
+    if config.training.async_save:
+        copy = host.saved_on_node(run, parameters, ranks_per_node, min(ranks_per_node, layout.tensor))
+        saved = (Part("asynchronous save", copy.bytes, copy.words),)
+    return (*of_node(dram), *saved), of_node(ssd)
 
 
 def _run(config: Config, layout: Layout, device: Device) -> Run:

@@ -137,7 +137,7 @@ def backward_moments(run: Run, parameters: Sequence[Parameter], weights: Term, o
         kept: all that the backward pass leaves; the embedding's last one comes on top.
         workspace: buffers in use during the backward pass.
     """
-    embedding = next(each for each in parameters if each.name.startswith("embedding")).elements
+    embedding = embedding_elements(parameters)
     size = embedding * run.width
     copies = int(run.tied) + int(run.passes > 1)
     last = (Term(copies * size, f"{copies} more gradients of the embedding, {embedding:,} x {run.width} B"),) * (copies > 0)
@@ -206,15 +206,20 @@ def _sharded(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
     held = run.buffers * BUCKET if run.on_cuda else bucket
     staged = whole_width if run.stage == 1 else width
     buffer = Term(held * staged, f"reduce buckets, {held:,} x {staged} B")
-    several = bucket if run.shards > 1 else 0
-    copied = staged * bool(several) + (_FP32 if run.communicated > staged else 0)
-    flat = Term(bucket * copied, f"flat copies of a bucket to reduce, {bucket:,} x {copied} B")
+    joined = wide or run.shards > 1
+    """Else a bucket is one slice, and reduced where it is."""
+    copied = staged * joined + (_FP32 if run.communicated > staged else 0)
+    widest = largest(parameters) * _FP32 if wide else 0
+    flat = Term(bucket * copied + widest, f"copies of a bucket to reduce, {bucket:,} x {copied} B" + f", and {widest:,} B of one in fp32" * wide)
     if run.offloaded:
         position = largest(parameters)
         held_back = Term(position * width, f"a buffer of the largest gradient, {position:,} x {width} B")
         buffers: tuple[Term, ...] = (buffer, held_back)
     else:
         buffers = (buffer,)
+    normed = norm_copy(run, parameters) if run.offloaded else ()
+    embedding = embedding_elements(parameters)
+    waiting = Term((1 + run.tied) * embedding * width, f"{1 + run.tied} gradients of the embedding, {embedding:,} x {width} B")
     at_once = run.stage == 2 or run.on_cuda
     if at_once:
         carried = of_rank if run.passes > 1 and run.stage == 2 else whole if run.passes > 1 else Term(0, "none yet")
@@ -222,7 +227,7 @@ def _sharded(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
         # the gradients that arrive fill the bucket, and what is in it goes to the partition
         found = [
             *backward_moments(run, parameters, weights, optimizer, carried, kept, buffers),
-            Moment("the reduction of gradients", weights, kept, optimizer, (*buffers, flat)),
+            Moment("the reduction of gradients", weights, kept, optimizer, (*buffers, flat, *normed, *((waiting,) if wide else ()))),
         ]
     else:
         carried = whole if run.passes > 1 else Term(0, "none yet")
@@ -230,7 +235,7 @@ def _sharded(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
         moving = Term(max(0, buffer.bytes - bucket * staged) + bucket * staged, f"{bucket:,} x {staged} B on their way into the partition")
         found = [
             *backward_moments(run, parameters, weights, optimizer, carried, whole),
-            Moment("the reduction of gradients", weights, whole, optimizer, (moving, *buffers[1:])),
+            Moment("the reduction of gradients", weights, whole, optimizer, (moving, *buffers[1:], *normed)),
         ]
     if run.offloaded:
         return [*found, *_gathered(run, parameters, weights, Term(0, "in host memory"), optimizer)]
@@ -249,6 +254,11 @@ def _gathered(run: Run, parameters: Sequence[Parameter], weights: Term, gradient
     size = max(elements(group) for group in groups(parameters))
     copy = Term(size * run.width, f"gloo's copy of {size:,} weights")
     return [Moment("the gathering of weights", weights, gradients, optimizer, (copy,))]
+
+
+def embedding_elements(parameters: Sequence[Parameter]) -> int:
+    """Elements of the embedding, whose gradient comes last."""
+    return next(each for each in parameters if each.name.startswith("embedding")).elements
 
 
 def largest(parameters: Sequence[Parameter]) -> int:
