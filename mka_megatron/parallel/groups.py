@@ -15,6 +15,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mka_megatron.config.schema import ParallelConfig
 from mka_megatron.parallel import cpu_host
 
+NAMES = {
+    "tensor": "TENSOR_MODEL_PARALLEL_GROUP",
+    "context": "CONTEXT_PARALLEL_GROUP",
+    "data": "DATA_PARALLEL_GROUP",
+    "replicas": "DATA_PARALLEL_GROUP_WITH_CP",
+}
+"""What Megatron calls the groups; replicas: the ranks that hold the same weights."""
+
 
 @dataclass(frozen=True)
 class Topology:

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"model", "attention", "parallel", "ops", "memory", "config"},
     "conversion": {"training", "model", "parallel", "files", "attention", "ops", "memory", "config"},
     "benchmark": {"training", "inference", "evaluation", "data", "model", "attention", "parallel", "planning", "memory", "config"},
+    "dry_run": {"training", "data", "model", "attention", "parallel", "ops", "memory", "config"},
     "drills": {"training"},
     "training": {"attention", "parallel", "planning", "ops", "memory", "config", "model", "data"},
 }
