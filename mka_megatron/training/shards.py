@@ -10,28 +10,21 @@ other there in the model's order, and the moments lie as the masters do.
 from __future__ import annotations
 
 import math
-import pickle
-import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mka_megatron.config.errors import ConfigError, show
+from mka_megatron.config.errors import show
 from mka_megatron.model.hf_table import Entry
 from mka_megatron.training.manifest import Checkpoint
 from mka_megatron.training.optimizer import parameter_groups
+from mka_megatron.training.shard_files import ShardFiles
 
 Table = dict[str, Entry]
 Value = Literal["weights", "masters", "exp_avg", "exp_avg_sq"]
 """Weights are in the training's precision, the others in fp32."""
-_REOPEN_AFTER = 256 << 20  # bytes read through the maps, whose pages count as this process's memory
-_OPAQUE = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
-)  # fmt: skip
-"""The only classes that the pickles may name beside tensors and containers; nothing of them is needed or run."""
 
 
 class _Piece(NamedTuple):
@@ -59,7 +52,7 @@ class Shards:
     """
 
     def __init__(self, checkpoint: Checkpoint, table: Table) -> None:
-        self._files = _Files(checkpoint)
+        self._files = ShardFiles(checkpoint)
         self._reader = _Reader(self._files, table, checkpoint)
         self.ranks = self._reader.ranks
         self._found: dict[tuple[int, Value], Pieces] = {}
@@ -97,78 +90,10 @@ class Shards:
         return self._found[rank, value]
 
 
-class _Opaque:
-    """Stands for an object of DeepSpeed's."""
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-
-class _Files:
-    """The checkpoint's files, unpickled from an allow-list with their tensors memory-mapped."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._open: dict[str, dict[str, Any]] = {}
-        self._read = 0
-
-    def names(self, pattern: str) -> list[str]:
-        """Files of the manifest whose whole name matches."""
-        return sorted(name for name in self.checkpoint.body["files"] if re.fullmatch(pattern, name))
-
-    def state(self, name: str) -> dict[str, Any]:
-        """What was pickled into the file `name`; raises ConfigError."""
-        if name not in self._open:
-            self._open[name] = self._load(name)
-        return self._open[name]
-
-    def tensor(self, name: str, path: tuple[str | int, ...]) -> Tensor:
-        """The tensor under the keys `path`; raises ConfigError."""
-        value: Any = self.state(name)
-        try:
-            for key in path:
-                value = value[key]
-        except (KeyError, IndexError, TypeError):
-            value = None
-        if not isinstance(value, Tensor):
-            raise self.unknown(name, f"it has no tensor {'.'.join(map(str, path))}")
-        return value
-
-    def account(self, size: int) -> None:
-        """Bytes that are about to be read; the maps are let go now and then, and opened again when needed."""
-        self._read += size
-        if self._read > _REOPEN_AFTER:
-            self._open.clear()
-            self._read = 0
-
-    def unknown(self, name: str, reason: str) -> ConfigError:
-        """The file is whole, but another one than this module knows."""
-        return ConfigError(f"{self.checkpoint.path / name} is not what a training of this version writes: {reason}; use it "
-                           "with the version that wrote it.")
-
-    def _load(self, name: str) -> dict[str, Any]:
-        path = self.checkpoint.path / name
-        if name not in self.checkpoint.body["files"]:
-            raise ConfigError(f"checkpoint {self.checkpoint.path} has no file {name}: it is incomplete; use another one.")
-        try:
-            with torch.serialization.safe_globals([(_Opaque, each) for each in _OPAQUE]):
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"it names {show(named[1])}, which is not loaded" if named else "it cannot be unpickled"
-            raise ConfigError(f"{path} is refused: {what}; use a checkpoint that you trust.") from None
-        except Exception as error:  # torch's readers raise of everything on bytes that are not theirs
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{path} cannot be read ({show(reason)}); use another checkpoint.") from None
-        if not isinstance(found, dict):
-            raise self.unknown(name, "it holds no dictionary")
-        return found
-
-
 class _Reader:
     """Finds the parameters of one rank in the files that the layout wrote."""
 
-    def __init__(self, files: _Files, table: Table, checkpoint: Checkpoint) -> None:
+    def __init__(self, files: ShardFiles, table: Table, checkpoint: Checkpoint) -> None:
         self.files = files
         layout = checkpoint.body["layout"]
         try:

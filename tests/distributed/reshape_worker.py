@@ -29,14 +29,14 @@ from mka_megatron.training import checkpoint
 from mka_megatron.training.checkpoint import CheckpointError
 from mka_megatron.training.engine import Engine
 from mka_megatron.training.start import resume
-from tests.helpers.engine_runs import GLOBAL, MICRO, SEQUENCE, config_of, engine_of, train
+from tests.helpers.engine_runs import GLOBAL, SEQUENCE, config_of, engine_of, train
 
 # Everything that is cut in its own way: grouped heads, q/k-norm and biases, both heads, a padded vocabulary (5,000 rows),
 # a gate that is split by its input, a decay per channel.
 MODEL = ["model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4", "model.num_kv_heads=2",
          "model.head_dim=16", "model.qk_norm=true", "model.tie_embeddings=false", "model.vocab_multiple=1000",
-         "memory_hierarchy.l2.decay=channel", "routing.gate_hidden_size=6"]
-BLOCK = ["attention.core=block", "memory_hierarchy.l1.chunk_size=4", "memory_hierarchy.l1.window=8", "routing.scope=group",
+         "memory_hierarchy.l2.decay=channel", "routing.gate_hidden_size=6", "training.micro_batch_size=4"]
+BLOCK = ["model.tie_embeddings=true", "attention.core=block", "memory_hierarchy.l1.chunk_size=4", "memory_hierarchy.l1.window=8", "routing.scope=group",
          "memory_hierarchy.l3.enabled=true", "memory_hierarchy.l3.recalled_chunks=2", "data.pad_documents_to_chunks=true"]
 SEGMENTS = [*BLOCK, "training.steps=20", "data.reset_at_documents=false", "training.segment_length=16", "training.segments_per_step=1"]
 STAGES = {f"zero{stage}": [*MODEL, f"engine.zero_stage={stage}"] for stage in range(4)}
@@ -51,6 +51,7 @@ TURNS = {
     "cp2 zero0 to tp2 zero3": ([*STAGES["zero0"], *LAYOUTS["cp2"]], [*STAGES["zero3"], *LAYOUTS["tp2"]]),
     "tp2 block zero2 to dp2 zero2": ([*STAGES["zero2"], *BLOCK, *LAYOUTS["tp2"]], [*STAGES["zero2"], *BLOCK]),
 }
+BEFORE, AFTER = 3, 3  # steps
 LOSS_SCALE = {"fp16": {"loss_scale_window": 2, "hysteresis": 2, "initial_scale_power": 18}}
 
 
@@ -62,26 +63,27 @@ def started(case: list[str], folder: Path) -> Engine:
     return engine_of(config, groups.initialize(config.parallel))
 
 
-def losses(engine: Engine, first: int, last: int) -> list[float]:
-    """Of steps first..last-1; the block core gets rows of one document, and a segment of them at a time."""
-    config, topology = engine.config, engine.topology
+def losses(engine: Engine, steps: int) -> list[float]:
+    """Of the next steps; the block core gets rows of one document, and a segment of them at a time."""
+    config, topology, first = engine.config, engine.topology, engine.step
     if config.attention.core == "dense":
-        return [step["loss"] for step in train(engine, first, last)]
+        return [step["loss"] for step in train(engine, first, first + steps)]
     found, per_sample = [], 1 if config.training.segment_length is None else 2
-    for step in range(first, last):
+    size = config.training.micro_batch_size
+    for step in range(first, first + steps):
         tokens = torch.randint(0, 64, (GLOBAL, SEQUENCE + 1), generator=torch.Generator().manual_seed(step // per_sample))
-        rows = [Batch(block[:, :-1].clone(), block[:, 1:].clone(), Documents.unpacked(MICRO, SEQUENCE)) for block in tokens.split(MICRO)]
+        rows = [Batch(part[:, :-1].clone(), part[:, 1:].clone(), Documents.unpacked(size, SEQUENCE)) for part in tokens.split(size)]
         found.append(engine.train_step(rows[topology.dp_rank :: topology.dp_size]).loss)
     return found
 
 
 def written(case: list[str], folder: Path) -> dict:
-    """Eight steps, saved after four."""
+    """Steps, saved after BEFORE of them."""
     engine = started(case, folder)
-    losses(engine, 0, 4)
-    checkpoint.save(engine, folder, 4, {"consumed_samples": 32}, keep_last=2)
+    losses(engine, BEFORE)
+    checkpoint.save(engine, folder, BEFORE, {"consumed_samples": GLOBAL * BEFORE}, keep_last=2)
     scale = engine.loss_scale
-    found = {"losses": losses(engine, 4, 8), "scale": scale}
+    found = {"losses": losses(engine, AFTER), "scale": scale}
     engine.close()
     return found
 
@@ -97,8 +99,8 @@ def resumed(case: list[str], folder: Path, again: Path | None = None) -> dict:
     logging.getLogger("mka_megatron").removeHandler(handler)
     scale = engine.loss_scale
     if again is not None:
-        checkpoint.save(engine, again, 4, state, keep_last=2)
-    found = {"state": state, "step": engine.step, "said": said, "scale": scale, "losses": losses(engine, 4, 8)}
+        checkpoint.save(engine, again, engine.step, state, keep_last=2)
+    found = {"state": state, "step": engine.step, "said": said, "scale": scale, "losses": losses(engine, AFTER)}
     engine.close()
     return found
 
@@ -155,7 +157,7 @@ def round_trip(case: list[str], folder: Path, again: Path) -> dict:
         if isinstance(value, Tensor) and not torch.equal(value, weights[name]):
             unlike.append(f"weight {name}")
     live = sum(float(value.abs().sum()) > 0 for name, value in here.items() if "exp_avg" in name)
-    found = {"unlike": unlike, "compared": len(here), "moments": live, "losses": losses(engine, 4, 8)}
+    found = {"unlike": unlike, "compared": len(here), "moments": live, "losses": losses(engine, AFTER)}
     engine.close()
     return found
 
@@ -212,11 +214,11 @@ def main(phase: str, directory: Path, with_nvme: bool) -> None:
 def segments(folder: Path) -> dict:
     """Two steps a sample: saved after three, in the middle of a sample, and, in another folder, after four."""
     engine = started([*STAGES["zero1"], *SEGMENTS], folder)
-    losses(engine, 0, 3)
+    losses(engine, 3)
     checkpoint.save(engine, folder, 3, {"consumed_samples": 8}, keep_last=2)
-    losses(engine, 3, 4)
+    losses(engine, 1)
     checkpoint.save(engine, folder.with_name("segments-whole"), 4, {"consumed_samples": 16}, keep_last=2)
-    found = {"losses": losses(engine, 4, 8)}
+    found = {"losses": losses(engine, AFTER)}
     engine.close()
     return found
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.reshape_worker import HALVES, LAYOUTS, STAGES, TURNS
+from tests.distributed.reshape_worker import AFTER, BEFORE, HALVES, LAYOUTS, STAGES, TURNS
+from tests.helpers.engine_runs import GLOBAL
 from tests.helpers.launch import torchrun
 from tests.helpers.numerics import assert_same
 
@@ -28,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, async_io: bool) -> dict:
 def go_on(found: list[dict], straight: list[dict], dtype: torch.dtype = torch.float32) -> None:
     """Every rank has the losses of the uninterrupted run, which change from step to step by far more."""
     expected = torch.tensor(straight[0]["losses"], dtype=torch.float64)
-    assert len(set(straight[0]["losses"])) == 4
+    assert len(set(straight[0]["losses"])) == AFTER
     for rank in found:
         assert_same(torch.tensor(rank["losses"], dtype=dtype), expected, terms=TERMS if dtype == torch.float32 else 1)
 
@@ -39,7 +40,7 @@ def test_one_rank_becomes_two(results: dict, stage: str, layout: str) -> None:
     found = results[f"second {stage} {layout}"]
     go_on(found, results[f"first {stage}"])
     for index, rank in enumerate(found):
-        assert (rank["step"], rank["state"]) == (4, {"consumed_samples": 32})
+        assert (rank["step"], rank["state"]) == (BEFORE, {"consumed_samples": GLOBAL * BEFORE})
         key = {"dp2": "data", "tp2": "tensor", "cp2": "context"}[layout]
         said = f"was written with parallel.{key}_parallel 1; continuing with parallel.{key}_parallel 2."
         assert [said in line for line in rank["said"]] == ([True] if index == 0 else [])
