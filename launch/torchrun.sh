@@ -5,7 +5,8 @@
 #   NNODES=2 MASTER_ADDR=node1 NODE_RANK=0 bash launch/torchrun.sh configs/run/qwen2.5-7b.yaml ...   # on node1
 #   NNODES=2 MASTER_ADDR=node1 NODE_RANK=1 bash launch/torchrun.sh configs/run/qwen2.5-7b.yaml ...   # on the other
 #
-# NPROC: ranks on this machine (default: its GPUs, or one). The other variables are those of run_torchrun in ranks.sh.
+# NPROC: ranks on this machine (default: its GPUs, or one). The other variables are those of run_torchrun in ranks.sh;
+# MAX_RESTARTS is 3 here where there are several ranks: they are started anew when one of them dies or hangs.
 # A second start of the same command resumes. SIGTERM, SIGINT and SIGUSR1 save at the next step and stop.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -34,4 +35,5 @@ case "$NPROC" in '' | 0* | *[!0-9]*) fail "NPROC is $NPROC: it must be a positiv
 # A wrong configuration is one sentence from one process, before torchrun starts any.
 WORLD_SIZE="$((NPROC * ${NNODES:-1}))" python -m mka_megatron.training "$config" "$@" --print-config >/dev/null
 
+[ "$((NPROC * ${NNODES:-1}))" = 1 ] || export MAX_RESTARTS="${MAX_RESTARTS:-3}"
 run_torchrun "$NPROC" -m mka_megatron.training "$config" "$@"

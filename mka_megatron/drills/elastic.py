@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -30,8 +31,10 @@ def work(pids: str, arguments: list[str]) -> None:
         raise SystemExit(code)
 
 
-def launch(ranks: int, max_restarts: int, pids: Path, arguments: list[str]) -> None:
-    """Run the command on `ranks` ranks of this machine, started anew up to `max_restarts` times after one of them failed.
+def launch(
+    ranks: int, max_restarts: int, pids: Path, arguments: list[str], entry: Callable[[str, list[str]], None] = work
+) -> None:
+    """Run `entry` on `ranks` ranks of this machine, started anew up to `max_restarts` times after one of them failed.
 
     Raises:
         ChildFailedError: torch's, after the last of them.
@@ -52,7 +55,7 @@ def launch(ranks: int, max_restarts: int, pids: Path, arguments: list[str]) -> N
         monitor_interval=0.1,
         start_method="forkserver",
     )
-    elastic_launch(config, work)(str(pids), arguments)
+    elastic_launch(config, entry)(str(pids), arguments)
 
 
 if __name__ == "__main__":

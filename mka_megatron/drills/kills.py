@@ -16,7 +16,7 @@ from mka_megatron.drills.tiny import RANKS, Run
 
 Moment = Literal["start", "data", "step", "save"]
 _POLL = 0.001
-_LIMIT = 300.0  # seconds for any one thing to happen, on a machine that does others too
+LIMIT = 300.0  # seconds for any one thing to happen, on a machine that does others too
 _SHARES: dict[Moment, float] = {"start": 0.15, "data": 0.10, "step": 0.30, "save": 0.45}
 # Upper bounds of the delays in seconds: about what a start, a preparation of the data, a step and a save take.
 _DELAYS: dict[Moment, float] = {"start": 4.0, "data": 2.0, "step": 0.1, "save": 0.15}
@@ -60,7 +60,7 @@ def deliver(run: Run, kills: Sequence[Kill], cache: Path) -> Iterator[str]:
             shutil.rmtree(cache, ignore_errors=True)  # the ranks that used it are gone or going
         met = None
         while met is None:  # the ranks may have failed by themselves in between, such as for a port that was taken
-            start = _Start(run, before)
+            start = Start(run, before)
             met = start.strike(kill)
             before = set(start.pids.values())
         yield met
@@ -68,18 +68,18 @@ def deliver(run: Run, kills: Sequence[Kill], cache: Path) -> Iterator[str]:
 
 def until(run: Run, condition: Callable[[], bool], what: str) -> None:
     """Wait for `condition()`; raises DrillError where the run ends or five minutes pass before it is true."""
-    deadline = time.monotonic() + _LIMIT
+    deadline = time.monotonic() + LIMIT
     while not condition():
         code = run.process.poll()
         if code is not None:
             raise DrillError(f"the run ended with {code} before {what}; its log is {run.log}.")
         if time.monotonic() > deadline:
-            raise DrillError(f"{_LIMIT:.0f} s passed before {what}; the run's log is {run.log}.")
+            raise DrillError(f"{LIMIT:.0f} s passed before {what}; the run's log is {run.log}.")
         time.sleep(_POLL)
 
 
-class _Start:
-    """One start of the ranks, from when the last of them wrote its process id."""
+class Start:
+    """One start of the ranks, from when the last of them wrote its process id; `before` are those of the last start."""
 
     def __init__(self, run: Run, before: set[int]) -> None:
         self.run, self.pids = run, run.workers()
@@ -90,7 +90,7 @@ class _Start:
     def strike(self, kill: Kill) -> str | None:
         """Kill at the moment; returns what the ranks were doing, None where they had ended by themselves."""
         if kill.moment == "step":
-            self._wait(lambda: self.run.losses_inode() != self._old_losses, "the first step after a start")
+            self.trains()
             last = self.run.steps() + kill.count
             self._wait(lambda: self.run.steps() >= last, f"step {last}")
         elif kill.moment == "save":
@@ -103,6 +103,10 @@ class _Start:
             return None
         os.kill(self.pids[kill.rank], signal.SIGKILL)
         return doing
+
+    def trains(self) -> None:
+        """Wait until the ranks are about to take steps."""
+        self._wait(lambda: self.run.losses_inode() != self._old_losses, "the first step after a start")
 
     def _started(self, before: set[int]) -> bool:
         self.pids = self.run.workers()

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2
+_AGENT = ("-m", "mka_megatron.drills.elastic")
 
 
 def overrides(folder: Path, name: str, steps: int, save_interval: int) -> list[str]:
@@ -32,10 +34,12 @@ def overrides(folder: Path, name: str, steps: int, save_interval: int) -> list[s
 class Run:
     """The training command under an elastic agent, as a context: what is left of it is killed on exit."""
 
-    def __init__(self, folder: Path, name: str, arguments: list[str], max_restarts: int = 0) -> None:
+    def __init__(
+        self, folder: Path, name: str, arguments: list[str], max_restarts: int = 0, agent: Sequence[str] = _AGENT
+    ) -> None:
         self.out, self.pids, self.log = folder / name, folder / f"{name}.pids", folder / f"{name}.log"
         self.cache = folder / "cache"
-        command = [sys.executable, "-m", "mka_megatron.drills.elastic", str(RANKS), str(max_restarts), str(self.pids)]
+        command = [sys.executable, *agent, str(RANKS), str(max_restarts), str(self.pids)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.log.open("a") as file:
             self.process = subprocess.Popen(

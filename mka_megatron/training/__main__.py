@@ -80,7 +80,7 @@ def run(config: Config, rank: int) -> int:
     from mka_megatron.memory.tiers.pages import TierError
     from mka_megatron.training.checkpoint import CheckpointError
     from mka_megatron.training.engine import NonFiniteError
-    from mka_megatron.training.loop import train
+    from mka_megatron.training.loop import RankLostError, train
     from mka_megatron.training.start import PeerFailedError
 
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -91,7 +91,7 @@ def run(config: Config, rank: int) -> int:
     except (DataError, CheckpointError) as error:
         print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
         return 2
-    except TierError as error:
+    except (TierError, RankLostError) as error:
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         return 1
     except PeerFailedError:

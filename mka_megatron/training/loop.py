@@ -47,6 +47,10 @@ _COLLECTIVE_LIMIT = 2  # times engine.timeout_seconds: the watchdog is to find a
 log = logging.getLogger(__name__)
 
 
+class RankLostError(RuntimeError):
+    """Another rank is gone, and with it the connection to it; the message is one sentence."""
+
+
 def train(config: Config) -> Summary:
     """Run `config` to its end, or to the step boundary after a signal.
 
@@ -57,6 +61,7 @@ def train(config: Config) -> Summary:
         ConfigError, DataError, CheckpointError: the run cannot start; one sentence says what to change.
         PeerFailedError: rank 0 raised one of these while this rank waited.
         NonFiniteError: too many consecutive steps without a finite loss and gradient.
+        RankLostError: another rank died.
     """
     check_output(config.training)
     limit = config.engine.timeout_seconds
@@ -65,7 +70,15 @@ def train(config: Config) -> Summary:
     try:
         profile.check(config.logging.memory_snapshot_steps, topology.device)
         with Watchdog(Path(config.training.output_dir), topology.rank, topology.world_size, limit) as watchdog:
-            return Run(config, topology, watchdog).run()
+            try:
+                return Run(config, topology, watchdog).run()
+            except RuntimeError as error:
+                if not _connection_lost(error):
+                    raise
+                raise RankLostError(
+                    f"another rank was lost in {watchdog.doing} ({_reason(error)}), and its own message says why; "
+                    "a new start goes on from the newest checkpoint."
+                ) from error
     finally:
         groups.destroy()
 
@@ -169,6 +182,7 @@ class Run:
                     self.watchdog.note(f"the reading of the batch of step {step}")
                     micro_batches = next(batches)
                 fetched = time.perf_counter()
+                self.watchdog.note(f"step {step}")
                 with profile.step_profile(
                     step,
                     report.profile_steps,
@@ -185,6 +199,7 @@ class Run:
                     self.consumed_samples += training.global_batch_size
                     micro_batches = ()
                 last = step == training.steps
+                self.watchdog.note(f"the end of step {step}")
                 self.saver.poll()
                 signalled = interrupt.agreed()
                 if signalled or last or step % report.interval == 0:
@@ -416,6 +431,18 @@ class Run:
             dp_rank=dp_rank,
             dp_size=dp_size,
         )
+
+
+def _connection_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because the other side is gone; gloo has no exception of its own."""
+    return isinstance(error, dist.DistNetworkError) or any(
+        mark in str(error) for mark in ("/gloo/", "remote process exited")
+    )
+
+
+def _reason(error: RuntimeError) -> str:
+    """What a communication library says, without the place in its source and its advice."""
+    return str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]
 
 
 def due(step: int, interval: int) -> bool:

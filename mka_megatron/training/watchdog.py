@@ -44,7 +44,7 @@ class Beat:
 
 
 class Watchdog:
-    """Context manager around a run; its main thread calls :meth:`note` whenever it gets on.
+    """Context manager around a run; its main thread calls :meth:`note` whenever it gets on. `doing` is the last of these.
 
     Args:
         output_dir: on a file system that all ranks share.
@@ -57,7 +57,7 @@ class Watchdog:
         self._rank, self._world_size, self._limit = rank, world_size, limit
         self._period = min(limit / 20, _LONGEST_PERIOD)
         self._beat = self._progress = self._place = 0
-        self._doing, self._at = "starting", time.monotonic()
+        self.doing, self._at = "starting", time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -84,7 +84,7 @@ class Watchdog:
 
     def note_alone(self, doing: str) -> None:
         """The same for what the others wait for."""
-        self._doing, self._at, self._progress = doing, time.monotonic(), self._progress + 1
+        self.doing, self._at, self._progress = doing, time.monotonic(), self._progress + 1
 
     def over(self, items: Iterable[T], doing: str) -> Iterator[T]:
         """`items`, each of them noted."""
@@ -118,7 +118,7 @@ class Watchdog:
         os.replace(partial, self._folder / str(self._rank))
 
     def _own(self) -> Beat:
-        return Beat(self._beat, self._progress, self._place, self._doing, socket.gethostname(), os.getpid(), os.getppid())
+        return Beat(self._beat, self._progress, self._place, self.doing, socket.gethostname(), os.getpid(), os.getppid())
 
     def _others(self) -> dict[int, Beat]:
         """The other ranks' files; one that has ended has none."""
@@ -137,7 +137,7 @@ class Watchdog:
             self._hangs.mkdir(exist_ok=True)
             path = self._hangs / f"rank-{self._rank:05d}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
             with open(path, "w") as file:
-                print(f"rank {self._rank}, in {self._doing} for {time.monotonic() - self._at:.0f} s", file=file, flush=True)
+                print(f"rank {self._rank}, in {self.doing} for {time.monotonic() - self._at:.0f} s", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
             (self._folder / _MARKER).touch()
         except OSError:
