@@ -6,6 +6,7 @@ they are most together; docs/planning_measured.md has them beside measurements.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +21,8 @@ Device = Literal["cuda", "cpu"]
 
 _FP32 = 4
 _GIB = 1 << 30
-_WORKING = 6
-"""MLP widths of gradients that a layer's backward pass has at a time, next to what it kept: silu, its product, both halves."""
+_PARTS = 2048
+"""Parts that the backward pass of block_attention splits its keys into, at most."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _moments(config: Config, layout: Layout, vocab_size: int, device: Device) ->
 
 def _parts(config: Config, layout: Layout, vocab_size: int, device: Device, moment: Moment) -> tuple[Part, ...]:
     nothing = Term(0, "none at this moment")
-    kept = _kept(config, layout, device, moment.graph)
+    kept = _kept(config, layout, device, moment)
     keys = _keys_and_values(config, layout, device, moment.graph)
     logits = _logits(config, layout, vocab_size) if moment.graph == "loss" else nothing
     working = _working(config, layout, device) if moment.graph in ("whole", "last") else nothing
@@ -128,8 +129,9 @@ def _tokens(config: Config, layout: Layout) -> int:
     return config.training.micro_batch_size * length // layout.context
 
 
-def _kept(config: Config, layout: Layout, device: Device, graph: str) -> Term:
+def _kept(config: Config, layout: Layout, device: Device, moment: Moment) -> Term:
     """Activations that wait for their backward pass."""
+    graph = moment.graph
     if graph == "gone":
         return Term(0, "none at this moment")
     tokens, layers, recompute = _tokens(config, layout), config.model.num_layers, config.training.recompute
@@ -138,7 +140,7 @@ def _kept(config: Config, layout: Layout, device: Device, graph: str) -> Term:
     again = layer.whole - each if graph != "loss" else 0.0
     share = layout.tensor if config.parallel.sequence_parallel else 1
     ends = 3 * config.model.hidden_size * WIDTHS[config.training.precision] / share
-    count = layers if graph != "last" else 1
+    count = math.ceil(layers * moment.share) if graph != "last" else 1
     words = f"{count} layers x {each:,.0f} B a token (recompute {recompute})"
     if again:
         words += f" + {again:,.0f} B of the layer at hand"
@@ -190,11 +192,22 @@ def _logits(config: Config, layout: Layout, vocab_size: int) -> Term:
 
 
 def _working(config: Config, layout: Layout, device: Device) -> Term:
-    """What a layer's backward pass needs beside what was kept."""
-    training, width = config.training, WIDTHS[config.training.precision]
-    tokens, ffn = _tokens(config, layout), config.model.ffn_hidden_size // layout.tensor
+    """What a layer's backward pass needs beside what was kept: the MLP's part or the attention's, whichever is more."""
+    training, model, width = config.training, config.model, WIDTHS[config.training.precision]
+    tokens, ffn = _tokens(config, layout), model.ffn_hidden_size // layout.tensor
     at_once = tokens if training.mlp_tile is None else min(tokens, training.mlp_tile)
-    widths = _WORKING + 3 * (training.mlp_tile is not None)
-    size = at_once * widths * ffn * width + 2 * tokens * config.model.hidden_size * width
-    return Term(size, f"{at_once:,} tokens x {widths} x {ffn:,} MLP channels x {width} B and {tokens:,} x 2 x "
-                      f"{config.model.hidden_size:,} x {width} B of a layer's gradients")
+    # gradients of the activated and of both halves (a CPU's SwiGLU has a product besides); a tile has its activations too
+    widths = (3 if device == "cuda" else 4) + 3 * (training.mlp_tile is not None)
+    mlp = Term(at_once * widths * ffn * width, f"{at_once:,} tokens x {widths} x {ffn:,} MLP channels x {width} B")
+    heads = model.num_attention_heads / layout.tensor
+    groups = max(1.0, effective_kv_heads(config.attention.variant, model) / layout.tensor)
+    each = 2 * (heads + groups) * model.head_dim * width + heads * _FP32
+    attention = Term(round(tokens * each), f"{tokens:,} tokens x {each:,.0f} B of the attention's gradients")
+    if device == "cuda" and block_core(config):
+        # per query head: the gradient of three biases; parts of dK and dV, at most so many (kernels/include/mka/block_plan.cuh)
+        parts = _PARTS * 2 * config.memory_hierarchy.l1.chunk_size * model.head_dim * _FP32
+        bias = round(tokens * heads * 3 * _FP32)
+        attention = Term(attention.bytes + bias + parts, f"{attention.words}, {bias:,} B of the biases', {parts:,} B of parts of dK and dV")
+    larger = max(mlp, attention, key=lambda term: term.bytes)
+    residual = 2 * tokens * model.hidden_size * width
+    return Term(larger.bytes + residual, f"{larger.words} and {tokens:,} x 2 x {model.hidden_size:,} x {width} B of a layer's gradients")

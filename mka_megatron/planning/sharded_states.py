@@ -16,6 +16,7 @@ from mka_megatron.planning.states import (
     Term,
     backward_moments,
     elements,
+    embedding_elements,
     filled,
     groups,
     largest,
@@ -53,8 +54,11 @@ def moments(run: Run, parameters: Sequence[Parameter], weights_offloaded: bool) 
     copies = (1 if run.on_cuda else 2) * full * run.communicated + (full * _FP32 if run.communicated > width else 0)
     parts = -(-full // n) * wide if wide != run.communicated else 0
     reduced = Term(copies + parts, f"copies of a full bucket to reduce, {full:,} elements")
+    embedding = embedding_elements(parameters)
+    waiting = Term((1 + run.tied) * embedding * width, f"{1 + run.tied} gradients of the embedding, {embedding:,} x {width} B")
     found = [
-        *backward_moments(run, parameters, gathered, optimizer, gradients, gradients, (bucket, reduced)),
+        *backward_moments(run, parameters, gathered, optimizer, gradients, gradients, (bucket,), (reduced,)),
+        Moment("the reduction of gradients", gathered, gradients, optimizer, (bucket, reduced, waiting)),
     ]
     if n > 1:
         ahead = min(live, _PREFETCHED + largest(parameters)) * (1 if run.on_cuda else 2)

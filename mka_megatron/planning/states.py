@@ -44,6 +44,8 @@ class Moment:
     graph: str = "gone"
     """Of the activations: loss (all of them, and the logits), whole (all of them, a layer's being at work), last (one
     layer's, at the end of the backward pass), or gone."""
+    share: float = 1.0
+    """Of the layers whose activations are left."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +131,30 @@ def _touched(group: Sequence[Parameter], shards: int) -> int:
 
 
 def backward_moments(run: Run, parameters: Sequence[Parameter], weights: Term, optimizer: Term, carried: Term,
-                     kept: Term, workspace: tuple[Term, ...] = ()) -> list[Moment]:
+                     kept: Term, buffers: tuple[Term, ...] = (), reduced: tuple[Term, ...] | None = None) -> list[Moment]:
     """From the end of the forward pass to the end of the backward pass.
 
     Args:
         carried: gradients of earlier passes.
         kept: all that the backward pass leaves; the embedding's last one comes on top.
-        workspace: buffers in use during the backward pass.
+        buffers: in use from the first gradient on; on a CPU memory is in use once it is written.
+        reduced: copies of a full bucket, where buckets are reduced during the backward pass; None: they are not.
     """
     embedding = embedding_elements(parameters)
     size = embedding * run.width
     copies = int(run.tied) + int(run.passes > 1)
     last = (Term(copies * size, f"{copies} more gradients of the embedding, {embedding:,} x {run.width} B"),) * (copies > 0)
     output = Term(size, f"the output layer's gradient, {embedding:,} x {run.width} B")
-    return [
+    early = buffers if run.on_cuda else ()
+    found = [
         Moment("the loss's backward", weights, carried, optimizer, (), "loss"),
-        Moment("the last layer's backward", weights, carried, optimizer, (output,), "whole"),
-        Moment("the end of the backward pass", weights, kept, optimizer, (*workspace, *last), "last"),
+        Moment("the last layer's backward", weights, carried, optimizer, (*early, output), "whole"),
+        Moment("the end of the backward pass", weights, kept, optimizer, (*buffers, *last), "last"),
     ]
+    if reduced is not None:
+        left = max(0.0, 1 - filled(parameters) / elements(parameters))
+        found.append(Moment("the first full bucket", weights, kept, optimizer, (*buffers, *reduced), "whole", left))
+    return found
 
 
 def _unsharded(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
@@ -223,10 +231,12 @@ def _sharded(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
     at_once = run.stage == 2 or run.on_cuda
     if at_once:
         carried = of_rank if run.passes > 1 and run.stage == 2 else whole if run.passes > 1 else Term(0, "none yet")
-        kept = of_rank if run.passes == 1 or wide or run.offloaded else Term(2 * of_rank.bytes, f"{of_rank.words}, twice: this pass's and the sum")
+        kept = of_rank
+        if run.stage == 2 and run.passes > 1 and not wide and not run.offloaded:
+            kept = Term(2 * of_rank.bytes, f"{of_rank.words}, twice: this pass's and the sum")
         # the gradients that arrive fill the bucket, and what is in it goes to the partition
         found = [
-            *backward_moments(run, parameters, weights, optimizer, carried, kept, buffers),
+            *backward_moments(run, parameters, weights, optimizer, carried, kept, buffers, (flat,)),
             Moment("the reduction of gradients", weights, kept, optimizer, (*buffers, flat, *normed, *((waiting,) if wide else ()))),
         ]
     else:
