@@ -17,6 +17,7 @@ from mka_megatron.planning.plan import Plan, make_plan
 
 Overrides = dict[str, Any]
 _TILE = 8192
+_MOST_CONTEXT = 256
 
 
 def suggest(config: Config, cluster: Cluster, vocab_size: int, utilisation: float) -> list[tuple[Overrides, Plan]]:
@@ -64,7 +65,7 @@ def _topologies(config: Config, cluster: Cluster) -> Iterator[Overrides]:
     for tensor in _divisors(world):
         if tensor > cluster.per_node:
             break
-        for context in _divisors(world // tensor):
+        for context in [each for each in _divisors(world // tensor) if each <= _MOST_CONTEXT]:
             for stage in (0, 1, 2, 3):
                 for offload in offloads if stage else ["none"]:
                     for recompute in ("none", "selective", "full"):

@@ -66,7 +66,6 @@ def _tensor(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
     if ranks == 1:
         return
     tokens = config.training.micro_batch_size * slots_per_pass(config) // layout.context
-    sequence = config.parallel.sequence_parallel
     groups = {
         "activations of the layers": [*_columns(config), *_rows(config)],
         "embedding, output layer, loss": _ends(config),
@@ -80,7 +79,7 @@ def _tensor(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
                 counted[call.kind, call.width] += call.times
             listed = " + ".join(f"{times:,} {kind} of {width:,} B" for (kind, width), times in counted.items() if times)
             yield Flow("tensor", what, sent, f"{steps:,} passes x {tokens:,} tokens x ({listed}) over {ranks} ranks")
-    partial = sum(each.elements for each in rank_parameters(config, vocab_size, ranks) if _partial(each, sequence))
+    partial = sum(each.elements for each in rank_parameters(config, vocab_size, ranks) if _partial(each, config))
     if partial:
         size = partial * _WIDTH[config.training.precision]
         yield Flow("tensor", "gradients of replicated weights", steps * ring("all-reduce", size, ranks),
@@ -153,14 +152,15 @@ def _gates(config: Config) -> list[_Call]:
     return calls
 
 
-def _partial(parameter: Parameter, sequence_parallel: bool) -> bool:
+def _partial(parameter: Parameter, config: Config) -> bool:
     """Each rank has a part of its gradient: heads of its own, or under sequence parallelism tokens of its own."""
     *_, module, name = f".{parameter.name}".rsplit(".", 2)
     if parameter.split:
         return False
     if name == "beta" or module in ("q_layernorm", "k_layernorm"):
         return True
-    return sequence_parallel and not (module.endswith("gate") and name in ("bias1", "fc2", "bias2"))
+    of_queries = module.endswith("gate") and config.routing.gate_input == "q"
+    return config.parallel.sequence_parallel and not of_queries
 
 
 def _context(config: Config, layout: Layout) -> Iterator[Flow]:
@@ -185,8 +185,9 @@ def _data(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
     elements = sum(each.elements for each in parameters)
     kind: Kind = "scatter" if stage == 3 else "all-reduce"
     times = steps if stage >= 2 else 1
-    yield Flow("data", "gradients", times * ring(kind, elements * width, ranks),
-               f"{times:,} x {kind} of {elements:,} x {width} B over {ranks} ranks",
+    reduced = 4 if stage in (1, 2) and layout.context > 1 else width  # DeepSpeed's choice for shared rows
+    yield Flow("data", "gradients", times * ring(kind, elements * reduced, ranks),
+               f"{times:,} x {kind} of {elements:,} x {reduced} B over {ranks} ranks",
                hidden_by="" if stage == 0 else "backward" if stage == 1 else "passes")
     if stage in (1, 2):
         yield Flow("data", "updated weights", ring("gather", elements * width, ranks),
