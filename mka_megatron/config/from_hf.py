@@ -6,13 +6,14 @@ A plain Qwen2, Qwen3 or Llama directory fixes the model section; one of ours (mo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from mka_megatron.config.errors import ConfigError, show
 from mka_megatron.config.hf_sections import OURS, from_json
-from mka_megatron.config.schema import AttentionConfig, MemoryConfig, RopeConfig, RoutingConfig
+from mka_megatron.config.schema import AttentionConfig, MemoryConfig, ModelConfig, RopeConfig, RoutingConfig
 
 # What the architecture implies and config.json does not say: QKV bias, q/k-norm, head_dim default.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -67,6 +68,19 @@ def read_model(directory: str) -> dict[str, Any]:
         "tie_embeddings": reader.boolean("tie_word_embeddings", False),
         "rope": _rope(raw, path, positions),
     }
+
+
+def at_positions(model: ModelConfig, run: ModelConfig, explicit: dict[str, Any]) -> ModelConfig:
+    """`model` of a directory with the positions that the run's `explicit` keys set: no weight depends on them.
+
+    They are max_position_embeddings and all of rope but its theta; a longer context is trained so.
+    """
+    rope = explicit.get("rope", {})
+    wanted = {name: getattr(run.rope, name) for name in rope if name != "theta"}
+    changes: dict[str, Any] = {"rope": dataclasses.replace(model.rope, **wanted)}
+    if "max_position_embeddings" in explicit:
+        changes["max_position_embeddings"] = run.max_position_embeddings
+    return dataclasses.replace(model, **changes)
 
 
 def read_sections(directory: str) -> tuple[AttentionConfig, RoutingConfig, MemoryConfig] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mka_megatron.config.aliases import normalise
 from mka_megatron.config.errors import ConfigError, show
-from mka_megatron.config.from_hf import read_model, read_sections
+from mka_megatron.config.from_hf import at_positions, read_model, read_sections
 from mka_megatron.config.hf_sections import PLACEMENT, SECTIONS
 from mka_megatron.config.schema import Config
 from mka_megatron.config.typed import COMMAND_LINE, Origins, typed
@@ -176,6 +176,7 @@ def apply_init_from(config: Config, merged: dict[str, Any], origins: Origins) ->
                                   f"{show(getattr(wanted, name))} in {file}: remove it, or {fix}.")
 
     model = dataclasses.replace(config.model, **read_model(config.model.init_from))
+    model = at_positions(model, config.model, merged["model"])
     contradiction(merged["model"], config.model, model, ("model",),
                   "start from a configuration without a model section such as configs/run/from_hf.yaml")
     fixed = dataclasses.replace(config, model=model)

@@ -38,7 +38,8 @@ class ModelConfig:
     """Shape of the transformer (Qwen2/Qwen2.5, Qwen3 and Llama-3 are covered)."""
 
     init_from: str | None = None
-    """Hugging Face directory whose config.json gives this section and whose safetensors give the weights."""
+    """Hugging Face directory whose config.json gives this section, where the run does not set max_position_embeddings or rope
+    itself, and whose safetensors give the weights."""
     num_layers: int = 4
     """Transformer layers."""
     hidden_size: int = 256

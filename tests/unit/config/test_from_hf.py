@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ def test_a_small_models_positions_bound_the_default_length_of_samples(tmp_path: 
     assert load_config((), [f"model.init_from={tmp_path}", "data.sequence_length=64"]).data.sequence_length == 64
     with pytest.raises(ConfigError, match=r"data.sequence_length is 512"):
         load_config((), [f"model.init_from={tmp_path}", "data.sequence_length=512"])
+
+
+def test_a_run_may_reach_further_than_the_weights_were_trained(tmp_path: Path) -> None:
+    save(CASES["qwen2"], tmp_path)
+    before = load_config((), [f"model.init_from={tmp_path}"]).model
+    yarn = ["model.rope.scaling=yarn", "model.rope.factor=8", "model.rope.original_max_position=512"]
+    model = load_config((), [f"model.init_from={tmp_path}", "model.max_position_embeddings=4096", *yarn]).model
+    rope = dataclasses.replace(before.rope, scaling="yarn", factor=8.0, original_max_position=512)
+    assert rope.theta == 1e6
+    assert model == dataclasses.replace(before, max_position_embeddings=4096, rope=rope)
 
 
 def test_agreeing_and_own_keys_stay(tmp_path: Path) -> None:
