@@ -12,9 +12,9 @@ from mka_megatron.planning.states import Run, Term, elements, groups, largest, t
 
 _FP32 = 4
 _GIB = 1 << 30
-_SUB_GROUP = 100_000_000
+SUB_GROUP = 100_000_000
 """Elements of a group of states that NVMe offload reads at a time (training/deepspeed_config.py)."""
-_OPTIMIZER_BUFFERS, _WEIGHT_BUFFERS = 4, 5
+OPTIMIZER_BUFFERS, WEIGHT_BUFFERS = 4, 5
 """DeepSpeed's offload_optimizer.buffer_count and offload_param.buffer_count."""
 _HEADER, _CHECKSUM, _LINE, _SECTOR = 128, 8, 64, 4096
 """Of a page (memory/tiers/pages.py): bytes before its contents and behind them, and what it is padded to in DRAM, on SSD."""
@@ -35,11 +35,15 @@ def of_rank(config: Config, run: Run, parameters: Sequence[Parameter], tokens: i
         ssd.append(("offloaded optimizer", outside))
     owned = _owned(run, parameters)
     if engine.offload_param == "cpu":
-        dram.append(("offloaded weights", Term(owned * run.width, f"{owned:,} x {run.width} B")))
+        shares = [[-(-each.elements // run.shards) * run.width for each in group] for group in groups(parameters)]
+        pinned, words = [sum(group) for group in shares], f"{owned:,} x {run.width} B"
+        if run.on_cuda:  # zero.Init pins every share before they are joined, and PyTorch keeps what it has pinned
+            pinned, words = [*pinned, *(size for group in shares for size in group)], f"{words}, one by one and joined"
+        dram.append(("offloaded weights", _with_pinned(run, 0, pinned, words)))
     elif engine.offload_param == "nvme":
         buffer = max(-(-largest(parameters) // run.shards), 1 << 18) + 1024
-        size = _WEIGHT_BUFFERS * buffer * run.width
-        dram.append(("offloaded weights", Term(size, f"{_WEIGHT_BUFFERS} buffers x {buffer:,} x {run.width} B")))
+        size = WEIGHT_BUFFERS * buffer * run.width
+        dram.append(("offloaded weights", Term(size, f"{WEIGHT_BUFFERS} buffers x {buffer:,} x {run.width} B")))
         ssd.append(("offloaded weights", Term(owned * run.width, f"{owned:,} x {run.width} B")))
     pages = _pages(config, tokens, tensor, run)
     if pages is not None:
@@ -61,17 +65,28 @@ def _owned(run: Run, parameters: Sequence[Parameter]) -> int:
 def _optimizer(run: Run, parameters: Sequence[Parameter]) -> Term:
     """States, fp32 weights and gradients, and what DeepSpeed keeps beside them."""
     owned = _owned(run, parameters)
+    split = [sum(-(-each.elements // run.shards) for each in group) for group in groups(parameters)]
     if run.stage == 3:
         wide = 2 if run.precision == "fp16" else _FP32
-        return Term(owned * (16 + wide), f"{owned:,} x {16 + wide} B (moments, fp32 weights, gradients twice)")
-    each = 16 + run.width
-    size, words = owned * each, f"{owned:,} x {each} B (moments, fp32 weights and gradients, the weights to hand back)"
-    most = largest(parameters)
-    size, words = size + most * run.width, f"{words}, {most:,} x {run.width} B"
+        pinned = [size * _FP32 for size in split] + [owned * wide]
+        words = f"{owned:,} x {16 + wide} B (moments, fp32 weights, gradients twice)"
+        return _with_pinned(run, owned * 12, pinned, words)
+    pinned = [size * each for size in split for each in (_FP32, _FP32, run.width)] + [largest(parameters) * run.width]
+    words = (f"{owned:,} x {16 + run.width} B (moments, fp32 weights and gradients, the weights to hand back), "
+             f"{largest(parameters):,} x {run.width} B")
     if run.passes > 1 and run.precision != "bf16":
         added = touched(parameters, run.shards)
-        size, words = size + added * run.width, f"{words}, {added:,} x {run.width} B of gradients added up"
-    return Term(size, words)
+        pinned.append(added * run.width)
+        words += f", {added:,} x {run.width} B of gradients added up"
+    return _with_pinned(run, owned * 8, pinned, words)
+
+
+def _with_pinned(run: Run, plain: int, pinned: Sequence[int], words: str) -> Term:
+    """PyTorch's allocator of pinned memory, which serves a GPU, rounds a buffer up to a power of two."""
+    if not run.on_cuda:
+        return Term(plain + sum(pinned), words)
+    rounded = sum(1 << max(0, size - 1).bit_length() for size in pinned if size)
+    return Term(plain + rounded, f"{words}; {sum(pinned):,} B of it pinned, which takes {rounded:,}")
 
 
 def _swapped_optimizer(run: Run, parameters: Sequence[Parameter]) -> tuple[Term, Term]:
@@ -79,9 +94,9 @@ def _swapped_optimizer(run: Run, parameters: Sequence[Parameter]) -> tuple[Term,
     owned = _owned(run, parameters)
     wide = 2 if run.precision == "fp16" else _FP32
     group = max(sum(-(-each.elements // run.shards) for each in group) for group in groups(parameters))
-    buffer = min(group, _SUB_GROUP + -(-largest(parameters) // run.shards))
-    size = owned * wide + _OPTIMIZER_BUFFERS * buffer * _FP32
-    inside = Term(size, f"{owned:,} gradients x {wide} B and {_OPTIMIZER_BUFFERS} buffers x {buffer:,} x {_FP32} B")
+    buffer = min(group, SUB_GROUP + -(-largest(parameters) // run.shards))
+    size = owned * wide + OPTIMIZER_BUFFERS * buffer * _FP32
+    inside = Term(size, f"{owned:,} gradients x {wide} B and {OPTIMIZER_BUFFERS} buffers x {buffer:,} x {_FP32} B")
     return inside, Term(owned * 16, f"{owned:,} x 16 B (moments, fp32 weights, gradients)")
 
 

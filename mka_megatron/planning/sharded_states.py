@@ -22,11 +22,11 @@ from mka_megatron.planning.states import (
     largest,
 )
 
-_LIVE = 1_000_000_000
+LIVE = 1_000_000_000
 """stage3_max_live_parameters."""
-_PREFETCHED = 50_000_000
+PREFETCHED = 50_000_000
 """stage3_prefetch_bucket_size."""
-_PERSISTENT = 100_000
+PERSISTENT = 100_000
 """stage3_param_persistence_threshold."""
 _FP32, _FP64 = 4, 8
 
@@ -35,8 +35,8 @@ def moments(run: Run, parameters: Sequence[Parameter], weights_offloaded: bool) 
     """The moments of a step at which memory may peak."""
     p, width, n = elements(parameters), run.width, run.shards
     owned = sum(-(-each.elements // n) for each in parameters)
-    kept = sum(each.elements for each in parameters if each.elements <= _PERSISTENT) if n > 1 else 0
-    live = min(p - kept, _LIVE + _PREFETCHED) if n > 1 else 0
+    kept = sum(each.elements for each in parameters if each.elements <= PERSISTENT) if n > 1 else 0
+    live = min(p - kept, LIVE + PREFETCHED) if n > 1 else 0
     if weights_offloaded:
         held = Term(kept * width, f"{kept:,} x {width} B kept whole, the others in host memory")
     else:
@@ -61,7 +61,7 @@ def moments(run: Run, parameters: Sequence[Parameter], weights_offloaded: bool) 
         Moment("the reduction of gradients", gathered, gradients, optimizer, (bucket, reduced, waiting)),
     ]
     if n > 1:
-        ahead = min(live, _PREFETCHED + largest(parameters)) * (1 if run.on_cuda else 2)
+        ahead = min(live, PREFETCHED + largest(parameters)) * (1 if run.on_cuda else 2)
         flat = Term(ahead * width, f"weights on their way, {ahead:,} x {width} B")
         found.append(Moment("the gathering of weights", gathered, gradients, optimizer, (bucket, flat)))
     if run.offloaded:

@@ -17,7 +17,7 @@ from mka_megatron.planning.parameters import Parameter
 
 BUCKET = 50_000_000
 """Elements of training/deepspeed_config.py's reduce bucket."""
-_FLATTENED = 500_000_000
+FLATTENED = 500_000_000
 """Elements that stage 0 and BF16_Optimizer flatten at a time (engine.MEMORY_OPT_ALLREDUCE_SIZE)."""
 _FP32, _FP64 = 4, 8
 _MOMENTS = 8
@@ -165,8 +165,8 @@ def _unsharded(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
     optimizer = Term(p * (_MOMENTS + _FP32 * half), f"{p:,} x {_MOMENTS + _FP32 * half} B (AdamW's moments{', fp32 weights' * half})")
     gradients = Term(p * width, f"{p:,} x {width} B")
     carried = gradients if run.passes > 1 else Term(0, "none yet")
-    flat = min(p, _FLATTENED + largest(parameters)) * width
-    reduction = (Term(flat, f"a flat copy of at most {_FLATTENED:,} elements to reduce"),)
+    flat = min(p, FLATTENED + largest(parameters)) * width
+    reduction = (Term(flat, f"a flat copy of at most {FLATTENED:,} elements to reduce"),)
     if half:
         after = Moment("the update", weights, gradients, optimizer, (Term(p * _FP32, f"{p:,} fp32 gradients"),))
     else:
@@ -186,7 +186,7 @@ def _bf16(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
     standing = Term(p * _FP32, f"{p:,} x {_FP32} B")
     both = Term(p * (_FP32 + run.width), f"{p:,} x {_FP32 + run.width} B (fp32, and those of the last pass)")
     first, *rest = (elements(group) for group in groups(parameters))
-    together = first + sum(rest) if first <= _FLATTENED else max(first, *rest, 0)
+    together = first + sum(rest) if first <= FLATTENED else max(first, *rest, 0)
     copied = _FP32 * (together > first) + run.communicated * (run.communicated < _FP32)
     reduction = (Term(together * copied, f"{together:,} x {copied} B, flat copies to reduce"),)
     return [

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
 
 from mka_megatron.config.load import load_config
 from mka_megatron.config.schema import Config
+from mka_megatron.planning import host, sharded_states, states
 from mka_megatron.planning.memory import Layout, node_memory, rank_memory
 from mka_megatron.planning.parameters import Parameter
 from mka_megatron.planning.states import filled, touched
+from mka_megatron.training import deepspeed_config
 
 VOCAB = 1000
 # 1 layer, gqa: embedding 1024 x 64; two norms and the last 3 x 64; qkv (64 + 2 x 32) x 64 + 128; output 64 x 64; MLP 3 x 64 x 160
@@ -109,10 +117,20 @@ def test_an_offloaded_optimizer_is_in_the_nodes_memory() -> None:
     """Stage 2, fp32, 2 ranks: moments, master weights and gradients 16, the weights handed back 4; the embedding's gradient."""
     offloaded = ["engine.zero_stage=2", "engine.offload_optimizer=cpu"]
     config = configured(*offloaded, world=2)
-    dram, ssd = node_memory(config, Layout(1, 1, 2), VOCAB, 2, "cuda")
-    assert [(part.name, part.bytes) for part in dram] == [("offloaded optimizer", 2 * (20 * -(-P // 2) + 4 * EMBEDDING))]
+    dram, ssd = node_memory(config, Layout(1, 1, 2), VOCAB, 2, "cpu")
+    assert [(part.name, part.bytes) for part in dram] == [("offloaded optimizer", 2 * (20 * P // 2 + 4 * EMBEDDING))]
     assert ssd == ()
-    assert parts(*offloaded, world=2, layout=Layout(1, 1, 2), device="cuda")["optimizer"] == 0
+    assert parts(*offloaded, world=2, layout=Layout(1, 1, 2))["optimizer"] == 0
+
+
+def test_pinned_buffers_take_a_power_of_two() -> None:
+    """The same for a GPU: AdamW's two moments are plain; weights, gradients and copies of both groups are pinned."""
+    config = configured("engine.zero_stage=2", "engine.offload_optimizer=cpu", world=2)
+    dram, _ = node_memory(config, Layout(1, 1, 2), VOCAB, 1, "cuda")
+    undecayed = (NORMS + 128) // 2  # norms and biases
+    decayed = P // 2 - undecayed
+    assert (4 * decayed, 4 * undecayed, 4 * EMBEDDING) == (217088, 640, 262144)
+    assert [part.bytes for part in dram] == [8 * P // 2 + 3 * (262144 + 1024) + 262144]
 
 
 def test_an_asynchronous_save_holds_a_copy_of_the_states() -> None:
@@ -134,6 +152,18 @@ def test_pages_of_segments(placement: str, path: list[str], sector: int) -> None
     size = 32 * 2 * -(-record // sector) * sector
     assert [part.bytes for part in dram if part.name == "L3 pages"] == [size]
     assert [part.bytes for part in ssd] == ([size] if placement == "ssd" else [])
+
+
+def test_constants_are_those_of_the_engine_and_of_deepspeed() -> None:
+    defaults = DeepSpeedZeroConfig(stage=3)
+    assert (sharded_states.PREFETCHED, sharded_states.LIVE) == (defaults.prefetch_bucket_size, defaults.max_live_parameters)
+    assert sharded_states.PERSISTENT == defaults.param_persistence_threshold
+    assert states.FLATTENED == MEMORY_OPT_ALLREDUCE_SIZE
+    ours = deepspeed_config.build(configured("engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/tmp"), 1, True)
+    assert ours["zero_optimization"]["reduce_bucket_size"] == states.BUCKET
+    assert ours["zero_optimization"]["sub_group_size"] == host.SUB_GROUP
+    offload = DeepSpeedZeroOffloadOptimizerConfig(), DeepSpeedZeroOffloadParamConfig()
+    assert tuple(each.buffer_count for each in offload) == (host.OPTIMIZER_BUFFERS, host.WEIGHT_BUFFERS)
 
 
 def test_a_partition_touches_whole_parameters() -> None:
