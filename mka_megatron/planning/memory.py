@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, effective_kv_heads, recalls
 from mka_megatron.planning import host, sharded_states, states
@@ -114,7 +115,7 @@ def _parts(config: Config, layout: Layout, vocab_size: int, device: Device, mome
     keys = _keys_and_values(config, layout, device, moment.graph)
     logits = _logits(config, layout, vocab_size) if moment.graph == "loss" else nothing
     working = _working(config, layout, device) if moment.graph in ("whole", "last") else nothing
-    buffers = [term for term in (*moment.workspace, working) if term.bytes]
+    buffers = [term for term in (*moment.workspace, working, *_standing(config, layout)) if term.bytes]
     workspace = Term(sum(term.bytes for term in buffers), "; ".join([f"at {moment.name}", *(term.words for term in buffers)]))
     named = (
         ("weights", moment.weights), ("gradients", moment.gradients), ("optimizer", moment.optimizer), ("activations", kept),
@@ -191,6 +192,19 @@ def _logits(config: Config, layout: Layout, vocab_size: int) -> Term:
     return Term(at_once * entries * each, f"{at_once:,} tokens x {entries:,} entries x {each} B ({words})")
 
 
+def _standing(config: Config, layout: Layout) -> tuple[Term, ...]:
+    """Buffers that stay from the first step on."""
+    model, tokens = config.model, _tokens(config, layout)
+    latent = VARIANTS[config.attention.variant].projection == "latent"
+    channels = config.attention.mla.qk_rope_head_dim if latent else model.head_dim
+    positions = model.max_position_embeddings + tokens
+    found = [Term(positions * channels * 2 * _FP32, f"rotary tables, {positions:,} positions x {channels} x {2 * _FP32} B")]
+    if config.parallel.sequence_parallel and layout.tensor > 1:
+        width = WIDTHS[config.training.precision]
+        found.append(Term(tokens * model.hidden_size * width, f"the gathered sequence, {tokens:,} x {model.hidden_size:,} x {width} B"))
+    return tuple(found)
+
+
 def _working(config: Config, layout: Layout, device: Device) -> Term:
     """What a layer's backward pass needs beside what was kept: the MLP's part or the attention's, whichever is more."""
     training, model, width = config.training, config.model, WIDTHS[config.training.precision]
@@ -208,6 +222,9 @@ def _working(config: Config, layout: Layout, device: Device) -> Term:
         parts = _PARTS * 2 * config.memory_hierarchy.l1.chunk_size * model.head_dim * _FP32
         bias = round(tokens * heads * 3 * _FP32)
         attention = Term(attention.bytes + bias + parts, f"{attention.words}, {bias:,} B of the biases', {parts:,} B of parts of dK and dV")
+    if layout.context > 1 and not block_core(config):
+        exchanged = round(2 * layout.context * tokens * 2 * groups * model.head_dim * width)
+        attention = Term(attention.bytes + exchanged, f"{attention.words}, {exchanged:,} B of keys, values and gradients that ranks exchange")
     larger = max(mlp, attention, key=lambda term: term.bytes)
     residual = 2 * tokens * model.hidden_size * width
     return Term(larger.bytes + residual, f"{larger.words} and {tokens:,} x 2 x {model.hidden_size:,} x {width} B of a layer's gradients")
