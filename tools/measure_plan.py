@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 tools/measure_plan.py [CONFIG.yaml ...] [key=value ...] [--case "key=value ..."]...
 
 Every rank builds the real model and engine, feeds them random tokens and takes optimizer steps; no corpus is needed.
-`--case` adds overrides for one measurement; give it several times to measure several in one launch (each in a process
-of its own, forked once the imports are done). The world is what torchrun starts.
+`--case` adds overrides for one measurement; on CPUs give it several times to measure several in one launch (each in a
+process of its own, forked once the imports are done). The world is what torchrun starts.
 
 On a CPU the figure is the peak resident set (VmHWM, reset through /proc/self/clear_refs) of the steps, net of the same
 process with its imports done and its process groups up, before the model exists, and net of the pages of libraries'
@@ -13,7 +13,7 @@ tensor's memory goes back to the system when the tensor does: without that glibc
 keeps freed blocks, and the peak would depend on the order of allocations. On CUDA it is
 torch.cuda.max_memory_allocated, net of what was allocated before the model.
 
-Exit code 1 where a rank's measurement is further than --bound from the prediction.
+Exit code 1 where a rank's prediction is further than --bound from its measurement.
 """
 
 from __future__ import annotations
@@ -50,31 +50,33 @@ def main() -> int:
     parser.add_argument("--case", action="append", default=[], help="overrides of one measurement")
     parser.add_argument("--vocab", type=int, default=16000, help="entries of the tokenizer")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
-    parser.add_argument("--bound", type=float, default=0.1, help="largest relative difference")
+    parser.add_argument("--bound", type=float, default=0.1, help="largest difference, as a share of the measurement")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("config", nargs="*", help="configuration and overrides")
     arguments = parser.parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cases, found = arguments.case or [""], []
+    on_cuda = torch.cuda.is_available()
+    if on_cuda and len(cases) > 1:
+        parser.error("CUDA cannot be used behind a fork: give one --case a launch")
     plain_malloc()
-    found = []
-    for number, case in enumerate(arguments.case or [""]):
-        ranks = forked(arguments, case.split(), number, world)
+    for number, case in enumerate(cases):
+        ranks = measure(arguments, case.split(), world) if on_cuda else forked(arguments, case.split(), number, world)
         if rank == 0:
             found.append({"case": case, "ranks": ranks})
             print(table(case, ranks), flush=True)
     if rank == 0 and arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-    errors = [abs(each["measured"] / each["predicted"] - 1) for case in found for each in case["ranks"]]
+    errors = [abs(each["predicted"] / each["measured"] - 1) for case in found for each in case["ranks"]]
     return int(any(error > arguments.bound for error in errors))
 
 
 def plain_malloc() -> None:
     """Memory that is freed leaves the resident set."""
-    if not torch.cuda.is_available():
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _SMALLEST_MAPPED)
-        libc.mallopt(_M_TRIM_THRESHOLD, _SMALLEST_MAPPED)
-        libc.mallopt(_M_ARENA_MAX, 1)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _SMALLEST_MAPPED)
+    libc.mallopt(_M_TRIM_THRESHOLD, _SMALLEST_MAPPED)
+    libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def forked(arguments: argparse.Namespace, case: list[str], number: int, world: int) -> list[dict]:
@@ -189,7 +191,7 @@ def table(case: str, ranks: list[dict]) -> str:
         parts = ", ".join(f"{part['name']} {part['bytes'] / _MIB:,.0f}" for part in each["parts"] if part["bytes"])
         lines.append(
             f"  rank {each['rank']}: measured {each['measured'] / _MIB:,.0f}, predicted {each['predicted'] / _MIB:,.0f} MiB, "
-            f"ratio {each['measured'] / each['predicted']:.3f} (building {each['built'] / _MIB:,.0f}; {parts})"
+            f"{each['predicted'] / each['measured']:.3f} of it (building {each['built'] / _MIB:,.0f}; {parts})"
         )
     return "\n".join(lines)
 
