@@ -53,6 +53,8 @@ LIMITS: dict[str, int | None] = {
     "logging.interval": 1,
 }
 LARGEST_INTEGER = 2**31 - 1
+MOST_LAYERS = 1000
+"""What is worked out layer by layer before a run starts stays a matter of seconds."""
 
 
 def validate(config: Config, world_size: int | None = None) -> None:
@@ -160,6 +162,8 @@ def _check_limits(config: Config) -> None:
             raise refuse(key, value, "it must be greater than 0")
         if smallest is not None and value < smallest:
             raise refuse(key, value, f"it must be at least {smallest}")
+    if config.model.num_layers > MOST_LAYERS:
+        raise refuse("model.num_layers", config.model.num_layers, f"it must be at most {MOST_LAYERS}")
     for key in ("logging.profile_steps", "logging.memory_snapshot_steps"):
         for step in _value(config, key):
             if not 1 <= step <= config.training.steps:

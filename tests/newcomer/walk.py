@@ -2,7 +2,8 @@
 
     python -m tests.newcomer.walk                            # installs as the README does; half an hour on two cores
     python -m tests.newcomer.walk --reuse .venv              # with the packages of this environment
-    python -m tests.newcomer.walk --reuse .venv --first 3    # the first commands only
+    python -m tests.newcomer.walk --folder DIR --last 3      # the first three commands, in an empty folder that is kept
+    python -m tests.newcomer.walk --folder DIR --first 4     # and the others
 
 walk.yaml says what each must print, write and return, what is replaced for a machine without GPUs, and what is left out
 and why. A command of the README that walk.yaml does not have, or the other way round, is an error before anything runs.
@@ -12,6 +13,7 @@ The table at the end has every command with its seconds and verdict; exit code 0
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
@@ -124,8 +126,7 @@ def run(text: str, checkout: Path, environment: dict[str, str], seconds: int) ->
         printed = out.read().decode(errors="replace")
     if code == 124 or not state.is_file():
         return code, printed, environment
-    lines = (entry.partition("=") for entry in state.read_bytes().decode().split("\0") if entry)
-    return code, printed, {name: value for name, _, value in lines if name not in ("_", "SHLVL", "PWD", "OLDPWD")}
+    return code, printed, left_behind(checkout.parent)
 
 
 def verdict(expected: Expectation, code: int, printed: str, checkout: Path) -> str:
@@ -142,36 +143,58 @@ def verdict(expected: Expectation, code: int, printed: str, checkout: Path) -> s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reuse", type=Path, help="virtual environment whose packages are taken instead of an installation")
-    parser.add_argument("--first", type=int, help="how many commands")
+    parser.add_argument("--folder", type=Path, help="empty folder, which is kept (default: a temporary one)")
+    parser.add_argument("--first", type=int, default=1, help="command to begin with, in a --folder where those before were run")
+    parser.add_argument("--last", type=int, help="command to end with (default: the last)")
     parser.add_argument("--logs", type=Path, help="directory for what each command printed")
     chosen = parser.parse_args()
-    steps = paired((ROOT / "README.md").read_text(encoding="utf-8"), expectations())[: chosen.first]
-    rows: list[tuple[str, str, str]] = []
-    with tempfile.TemporaryDirectory(prefix="newcomer-") as name:
-        environment, checkout = empty_home(Path(name)), Path(name, "mka-megatron")
+    steps = paired((ROOT / "README.md").read_text(encoding="utf-8"), expectations())
+    with contextlib.ExitStack() as stack:
+        folder = chosen.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="newcomer-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = walk(steps, folder.resolve(), chosen)
+    print(table(rows))
+    return int(any(outcome != "as expected" and not outcome.startswith("not run here") for *_, outcome in rows))
+
+
+def walk(steps: list[tuple[Command, Expectation]], folder: Path, chosen: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """(command, seconds, verdict) of the chosen commands, run in `folder`."""
+    checkout = folder / "mka-megatron"
+    if chosen.first == 1:
+        environment = empty_home(folder)
         subprocess.run(["git", "clone", "-q", "--no-hardlinks", str(ROOT), str(checkout)], check=True)  # noqa: S607
         if chosen.reuse:
             borrow(checkout, chosen.reuse.resolve())
-        for at, (command, expected) in enumerate(steps):
-            if expected.skip:
-                rows.append((expected.command, "", f"not run here: {expected.skip}"))
-                continue
-            if at == 1:
-                made, printed, _ = run(".venv/bin/python tests/newcomer/material.py", checkout, environment, 600)
-                if made:
-                    raise RuntimeError(f"no material: {printed}")
-            began = time.monotonic()
-            code, printed, environment = run(typed(command, expected), checkout, environment, expected.seconds)
-            seconds = time.monotonic() - began
-            rows.append((expected.command, f"{seconds:.1f}", verdict(expected, code, printed, checkout)))
-            print(f"{rows[-1][1]:>8} s  {rows[-1][2]}: {rows[-1][0]}", file=sys.stderr, flush=True)
-            if chosen.logs:
-                chosen.logs.mkdir(parents=True, exist_ok=True)
-                (chosen.logs / f"{at + 1:02}.log").write_text(f"{typed(command, expected)}\n{printed}")
-            elif rows[-1][2] != "as expected":
-                print(printed[-3000:], file=sys.stderr, flush=True)
-    print(table(rows))
-    return int(any(outcome != "as expected" and not outcome.startswith("not run here") for *_, outcome in rows))
+    else:
+        environment = left_behind(folder)
+    rows: list[tuple[str, str, str]] = []
+    for number, (command, expected) in enumerate(steps, 1):
+        if not chosen.first <= number <= (chosen.last or len(steps)):
+            continue
+        if expected.skip:
+            rows.append((expected.command, "", f"not run here: {expected.skip}"))
+            continue
+        if number > 1 and not (checkout / "DIR").is_dir():
+            code, printed, _ = run(".venv/bin/python tests/newcomer/material.py", checkout, environment, 600)
+            if code:
+                raise RuntimeError(f"no material: {printed}")
+        began = time.monotonic()
+        code, printed, environment = run(typed(command, expected), checkout, environment, expected.seconds)
+        seconds, outcome = time.monotonic() - began, verdict(expected, code, printed, checkout)
+        rows.append((expected.command, f"{seconds:.1f}", outcome))
+        print(f"{seconds:8.1f} s  {outcome}: {expected.command}", file=sys.stderr, flush=True)
+        if chosen.logs:
+            chosen.logs.mkdir(parents=True, exist_ok=True)
+            (chosen.logs / f"{number:02}.log").write_text(f"{typed(command, expected)}\n{printed}")
+        elif outcome != "as expected":
+            print(printed[-3000:], file=sys.stderr, flush=True)
+    return rows
+
+
+def left_behind(folder: Path) -> dict[str, str]:
+    """The environment behind the last command that was run in `folder`."""
+    lines = (entry.partition("=") for entry in (folder / "environment").read_bytes().decode().split("\0") if entry)
+    return {name: value for name, _, value in lines if name not in ("_", "SHLVL", "PWD", "OLDPWD")}
 
 
 def table(rows: list[tuple[str, Any, str]]) -> str:

@@ -21,6 +21,7 @@ L3 = ["memory_hierarchy.l3.enabled=true", "data.pad_documents_to_chunks=true"]
 SEGMENTS = [*BLOCK, *L3, "training.segment_length=128"]
 
 REFUSED: list[tuple[list[str], int | None, tuple[str, ...]]] = [
+    (["model.num_layers=1001"], None, ("model.num_layers is 1001", "at most 1000")),
     # heads
     (["model.head_dim=63"], None, ("model.head_dim is 63", "even")),
     (["attention.mla.qk_rope_head_dim=33"], None, ("attention.mla.qk_rope_head_dim is 33", "even")),
