@@ -90,12 +90,14 @@ def soak(folder: Path, arguments: Callable[[Sequence[str]], list[str]], seconds:
     dice, found = random.Random(seed), Soak()  # noqa: S311
     end = time.monotonic() + seconds
     keys: list[str] = []
+    ahead: list[str] = []  # each event once, in random order, again and again
     while time.monotonic() < end:
         with Run(folder, "soak", arguments(keys), max_restarts=10_000) as run:
             event = ""
             while time.monotonic() < end and event != _RESUME:
                 _watch(run, min(end, time.monotonic() + dice.uniform(*_QUIET)), found)
-                event = dice.choice(EVENTS)
+                ahead = ahead or dice.sample(EVENTS, len(EVENTS))
+                event = ahead.pop()
                 found.disk.append(_bytes(run.out))
                 found.events[event] += 1
                 say(f"step {run.steps()}: {event}")
