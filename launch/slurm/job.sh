@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# Sourced by the sbatch scripts beside it, from the checkout: a job's name, and its step on every node.
+# Sourced by the sbatch scripts beside it, from the checkout: a job's name, its recipe, and its step on every node.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 
 # The same after a requeue, another one for every job and every task of an array.
 job_name() {
     printf '%s' "$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}"
+}
+
+# With MODEL and CONTEXT, such as qwen2.5-7b and 256k: sets CONFIG to the recipe of that name.
+choose_recipe() {
+    CONFIG="configs/run/${MODEL:-}_${CONTEXT:-}.yaml"
+    [ -n "${MODEL:-}" ] && [ -n "${CONTEXT:-}" ] && [ -f "$ROOT/$CONFIG" ] ||
+        fail "MODEL is '${MODEL:-}' and CONTEXT is '${CONTEXT:-}', which name no recipe; configs/run has $(cd "$ROOT/configs/run" && echo *_*k.yaml)."
 }
 
 # node_address NODE: what the other nodes reach it by.
