@@ -95,7 +95,7 @@ def requested_stage(path: str) -> int | None:
     """The ZeRO stage that a DeepSpeed JSON asks for, if it does. Raises ConfigError where it cannot be read."""
     stage = _lookup(_read(path), "zero_optimization.stage")
     if stage is not None and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
-        raise ConfigError(f"engine.deepspeed_config: {path} sets zero_optimization.stage to {stage!r}; give 0, 1, 2 or 3.")
+        raise ConfigError(f"engine.deepspeed_config: {path} sets zero_optimization.stage to {show(stage)}; give 0, 1, 2 or 3.")
     return stage
 
 
@@ -170,7 +170,7 @@ def _buffer(config: Config, data_parallel: int) -> int:
 def _read(path: str) -> dict[str, Any]:
     try:
         user = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"engine.deepspeed_config: {path} cannot be read as JSON ({error}).") from None
     if not isinstance(user, dict):
         raise ConfigError(f"engine.deepspeed_config: {path} must hold a JSON object.")
@@ -187,20 +187,20 @@ def _merge(ours: dict[str, Any], user: dict[str, Any], path: str) -> dict[str, A
             continue
         if key in _FIXED or key.split(".")[0] in _FIXED:
             why = _FIXED.get(key) or _FIXED[key.split(".")[0]]
-            raise ConfigError(f"engine.deepspeed_config: {path} sets {key}, but {why}; remove the key.")
+            raise ConfigError(f"engine.deepspeed_config: {path} sets {show(key)}, but {why}; remove the key.")
         if key in _OWNED:
             expected = _lookup(ours, key)
             if key.endswith(".nvme_path") and expected is not None:
                 expected = str(Path(expected).parent)
             if not _same(value, expected):
                 raise ConfigError(
-                    f"engine.deepspeed_config: {path} sets {key} to {value!r}, but {_OWNED[key]} makes it "
-                    f"{expected!r}; remove the key or change {_OWNED[key]}."
+                    f"engine.deepspeed_config: {path} sets {key} to {show(value)}, but {_OWNED[key]} makes it "
+                    f"{show(expected)}; remove the key or change {_OWNED[key]}."
                 )
             continue
         if key.split(".")[0] not in _FREE:
             raise ConfigError(
-                f"engine.deepspeed_config: {path} sets {key}, which this engine does not use; remove the key "
+                f"engine.deepspeed_config: {path} sets {show(key)}, which this engine does not use; remove the key "
                 f"(accepted sections: {', '.join(sorted(_FREE))})."
             )
         _set(merged, key, value)

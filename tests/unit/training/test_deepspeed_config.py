@@ -130,7 +130,7 @@ def test_a_users_file_is_merged(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 8}, ("gradient_accumulation_steps", "training.global_batch_size")),
         ({"gradient_clipping": 1.0}, ("gradient_clipping to 1.0", "training.clip_grad", "0.7")),
         ({"zero_optimization": {"stage": 3}}, ("zero_optimization.stage to 3", "engine.zero_stage", "2")),
-        ({"fp16": {"enabled": True}}, ("fp16.enabled to True", "training.precision")),
+        ({"fp16": {"enabled": True}}, ("fp16.enabled to true", "training.precision")),
         ({"bf16": {"enabled": True}}, ("bf16.enabled", "training.precision")),
         ({"fp16": {"loss_scale": 128}}, ("fp16.loss_scale", "training.precision")),
         (
@@ -143,6 +143,10 @@ def test_a_users_file_is_merged(tmp_path: Path) -> None:
         ({"bf16": {"check_grad_overflow": False}}, ("bf16.check_grad_overflow", "max_bad_steps")),
         ({"zero_optimisation": {"stage": 2}}, ("zero_optimisation.stage", "zero_optimization")),
         ({"pipeline": {"stages": 2}}, ("pipeline.stages", "does not use")),
+        ({"zero_optimization": 3}, ("zero_optimization to 3", "is a section")),
+        ({"bf16": True}, ("bf16 to true", "is a section")),
+        ({"zero_optimization": {"stage": {"a": 1}}}, ("zero_optimization.stage.a", "is one value")),
+        ({"aio": 3, "aio.x": 1}, ("aio.x", "aio is one value")),
         ("{oops", ("cannot be read as JSON",)),
         ("[1]", ("must hold a JSON object",)),
     ],
@@ -172,5 +176,5 @@ def test_the_users_nvme_path_may_repeat_ours(tmp_path: Path) -> None:
     merged = build(with_file(tmp_path, same, **engine), 4, on_cuda=False)["zero_optimization"]["offload_optimizer"]
     assert merged["buffer_count"] == 8
     same["zero_optimization"]["offload_optimizer"]["nvme_path"] = "/slow"
-    with pytest.raises(ConfigError, match=r"nvme_path to '/slow', but engine.nvme_path makes it '/fast'"):
+    with pytest.raises(ConfigError, match=r"nvme_path to /slow, but engine.nvme_path makes it /fast"):
         build(with_file(tmp_path, same, **engine), 4, on_cuda=False)
