@@ -7,6 +7,7 @@ Letters: P elements of a rank's model, N ranks that share it (context x data), w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mka_megatron.planning.parameters import Parameter
 from mka_megatron.planning.states import (
@@ -41,7 +42,7 @@ def moments(run: Run, parameters: Sequence[Parameter], weights_offloaded: bool) 
         held = Term(kept * width, f"{kept:,} x {width} B kept whole, the others in host memory")
     else:
         held = Term((owned + kept) * width, f"{owned:,} x {width} B, and {kept:,} kept whole")
-    gathered = Term(held.bytes + live * width, f"{held.words}, and {live:,} gathered")
+    gathered = _held(held, live, width)
     optimizer = Term(owned * 12, f"{owned:,} x 12 B (AdamW's moments, fp32 weights)")
     wide = 2 if run.precision == "fp16" else _FP32
     gradients = Term(owned * wide, f"{owned:,} x {wide} B")
@@ -56,14 +57,19 @@ def moments(run: Run, parameters: Sequence[Parameter], weights_offloaded: bool) 
     reduced = Term(copies + parts, f"copies of a full bucket to reduce, {full:,} elements")
     embedding = embedding_elements(parameters)
     waiting = Term((1 + run.tied) * embedding * width, f"{1 + run.tied} gradients of the embedding, {embedding:,} x {width} B")
+    loss, last, end, first = backward_moments(run, parameters, gathered, optimizer, gradients, gradients, (bucket,), (reduced,))
+    # the backward pass gives up what it has used; the embedding is used last
+    late = _held(held, min(live, embedding), width)
+    left = _held(held, min(live, round(live * first.share) + embedding), width)
     found = [
-        *backward_moments(run, parameters, gathered, optimizer, gradients, gradients, (bucket,), (reduced,)),
-        Moment("the reduction of gradients", gathered, gradients, optimizer, (bucket, reduced, waiting)),
-    ]
+        loss, last, replace(end, weights=late), replace(first, weights=left),
+        Moment("the reduction of gradients", late, gradients, optimizer, (bucket, reduced, waiting)),
+    ]  # fmt: skip
     if n > 1:
-        ahead = min(live, PREFETCHED + largest(parameters)) * (1 if run.on_cuda else 2)
-        flat = Term(ahead * width, f"weights on their way, {ahead:,} x {width} B")
-        found.append(Moment("the gathering of weights", gathered, gradients, optimizer, (bucket, flat)))
+        # what is gathered ahead is there twice until all of it has been asked for
+        ahead = min(PREFETCHED, max(0, live - PREFETCHED))
+        flat = Term(ahead * width, f"weights gathered ahead, {ahead:,} x {width} B")
+        found.append(Moment("the gathering of weights", gathered, gradients, optimizer, (bucket, flat), "whole"))
     if run.offloaded:
         return found
     most = -(-largest(parameters) // n)
@@ -73,3 +79,8 @@ def moments(run: Run, parameters: Sequence[Parameter], weights_offloaded: bool) 
     copy = Term(group * (_FP32 + (wide if wide < _FP32 else 0)), f"{group:,} gradients, flat for AdamW")
     found.append(Moment("the update", held, gradients, optimizer, (bucket, copy)))
     return found
+
+
+def _held(held: Term, gathered: int, width: int) -> Term:
+    """With so many elements of other ranks."""
+    return Term(held.bytes + gathered * width, f"{held.words}, and {gathered:,} gathered")
