@@ -17,11 +17,12 @@ import logging
 import multiprocessing
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.load import load_config
-from mka_megatron.training.host import quiet
+from mka_megatron.training.host import available_cores, quiet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, action="append", help="to run, may be repeated (default: the corners)")
     parser.add_argument("--all-corners", action="store_true", help="every place of the first and of the last replica")
     parser.add_argument("--ranks-per-node", type=int, default=8)
-    parser.add_argument("--jobs", type=int, default=1, help="ranks at a time")
+    parser.add_argument("--jobs", type=int, default=available_cores(), help="ranks at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the findings here too")
     options = parser.parse_args(argv)
     quiet()
@@ -82,7 +83,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _silence() -> None:
+    """The libraries' advice is for ranks that exist."""
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

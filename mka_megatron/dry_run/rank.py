@@ -21,6 +21,7 @@ from mka_megatron.dry_run.world import Created, rank_of
 from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
 from mka_megatron.parallel.groups import Topology
+from mka_megatron.training.alone import unanswered
 from mka_megatron.training.deepspeed_config import accumulation_steps
 from mka_megatron.training.engine import Engine, construction_context
 from mka_megatron.training.partitions import Partition, partitions
@@ -89,7 +90,7 @@ def run_rank(config: Config, rank: int, ranks: int, ranks_per_node: int) -> Rank
         recorder = Recorder()
         accumulation = accumulation_steps(config, topology.dp_size)
         brief = _with_accumulation(config, min(accumulation, 2), topology)
-        with without_data() as absent, recorder:
+        with without_data() as absent, unanswered(), recorder:
             construction = construction_context(brief, topology) or nullcontext()
             model = build_model(brief, topology, brief.model.vocab_size or 0, construction)
             use_kernels(model, brief)

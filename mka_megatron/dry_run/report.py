@@ -63,15 +63,16 @@ def header(config: Config, runs: Sequence[RankRun], parameters: int, ranks: int)
     lines = [
         f"{ranks} ranks: tensor {parallel.tensor_parallel} x context {parallel.context_parallel} x data {ranks // replica}; "
         f"{config.data.sequence_length} tokens a row, {config.data.sequence_length // parallel.context_parallel} of them on a rank; "
-        f"{run.accumulation} micro-batches of {config.training.micro_batch_size} a step",
+        f"micro-batches of {config.training.micro_batch_size}, {run.accumulation} a step",
         f"weights: {parameters:,} in {sum(each.trained for each in run.held)} parameters, {local:,} on a rank",
         "process groups: " + ", ".join(
             f"{len(groups)} {kind} of {len(groups[0])}" for kind, groups in kinds_of(run.created).items() if groups
         ),
     ]  # fmt: skip
     if run.partitions is not None:
-        cut = " and ".join(f"{part.elements:,} ({part.held:,} on a rank)" for part in run.partitions)
-        lines.append(f"ZeRO {config.engine.zero_stage}, elements cut over {len(run.partitions[0].ranks)} replicas: {cut}")
+        elements_in, held = (sum(getattr(part, name) for part in run.partitions) for name in ("elements", "held"))
+        lines.append(f"ZeRO {config.engine.zero_stage}: {elements_in:,} elements cut over {len(run.partitions[0].ranks)} replicas, "
+                     f"{held:,} each, padding counted")
     return "\n".join(lines)
 
 

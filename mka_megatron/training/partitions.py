@@ -1,4 +1,4 @@
-"""How DeepSpeed's ZeRO stages 1 and 2 cut a rank's parameters over its replicas."""
+"""How DeepSpeed's ZeRO cuts a rank's parameters over its replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mka_megatron.training.engine import Engine
 
 @dataclass(frozen=True)
 class Partition:
-    """One flat buffer, of an optimizer's parameter group, and this rank's part of it, in elements."""
+    """One flat buffer and this rank's part of it, in elements: of an optimizer's parameter group, under ZeRO 3 of one
+    parameter."""
 
     elements: int
     """Of the buffer: the parameters and padding."""
@@ -24,12 +25,11 @@ class Partition:
     ranks: tuple[int, ...]
     """Of the world, those that share the buffer."""
     held: int
-    """Elements of the optimizer's states on this rank."""
+    """Elements on this rank: of the optimizer's states, under ZeRO 3 of the parameter."""
 
 
 def partitions(engine: Engine) -> tuple[Partition, ...] | None:
-    """Those of every parameter group; None where there are none: under ZeRO 0, and under ZeRO 3, which cuts every
-    parameter by itself."""
+    """Those of every parameter group, under ZeRO 3 of every parameter; None under ZeRO 0."""
     optimizer: Any = engine.deepspeed.optimizer
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
     if hasattr(optimizer, "parallel_partitioned_bit16_groups"):
@@ -44,6 +44,8 @@ def partitions(engine: Engine) -> tuple[Partition, ...] | None:
             optimizer.bf16_groups, optimizer.bf16_groups_flat, optimizer.bf16_partitioned_groups,
             optimizer.fp32_groups_flat_partition, begins, strict=True,
         )  # fmt: skip
+    elif engine.config.engine.zero_stage == 3:
+        return tuple(_of_parameter(name, parameter) for name, parameter in engine.model.named_parameters())
     else:
         return None
     return tuple(
@@ -55,4 +57,12 @@ def partitions(engine: Engine) -> tuple[Partition, ...] | None:
             states.numel(),
         )
         for number, (parameters, flat, pieces, states, begins) in enumerate(groups)
+    )
+
+
+def _of_parameter(name: str, parameter: Any) -> Partition:
+    ranks = tuple(dist.get_process_group_ranks(parameter.ds_process_group))
+    each = parameter.ds_tensor.ds_numel
+    return Partition(
+        each * len(ranks), ((name, 0, parameter.ds_numel),), (each,) * len(ranks), ranks, parameter.ds_tensor.numel()
     )
