@@ -27,6 +27,8 @@ from mka_megatron.planning.plan import make_plan, vocabulary
 from mka_megatron.planning.report import as_json, explained, refusal, suggestions, table
 from mka_megatron.planning.topologies import apply, suggest
 
+_MOST = 65_536
+
 
 def main() -> int:
     chosen = options()
@@ -54,7 +56,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--suggest", action="store_true",
                         help="find the cheapest layout, ZeRO stage, offload and recomputation that fit on this cluster")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -93,6 +95,9 @@ def described(chosen: argparse.Namespace) -> Cluster:
         value = getattr(chosen, name)
         if value is not None and not 0 < value < 1e18:
             raise refuse(f"--{name.replace('_', '-')}", value, "it must be greater than 0, and finite")
+    for name in ("gpus_per_node", "nodes"):
+        if getattr(chosen, name) > _MOST:
+            raise refuse(f"--{name.replace('_', '-')}", getattr(chosen, name), f"it must be at most {_MOST}")
     if chosen.utilisation > 1:
         raise refuse("--utilisation", chosen.utilisation, "it is a share of the peak; give at most 1")
     if gpu.key == "cpu" and chosen.dram_gib is None:

@@ -133,6 +133,8 @@ def _changes(plan: Plan) -> list[Overrides]:
     found += [{"engine.zero_stage": stage} for stage in (2, 3) if stage > max(1, config.engine.zero_stage)]
     if config.engine.offload_optimizer == "none" and cluster.dram_bytes:
         found.append({"engine.zero_stage": max(1, config.engine.zero_stage), "engine.offload_optimizer": "cpu"})
+    found += [{f"engine.{each}": "none"} for each in ("offload_optimizer", "offload_param")
+              if getattr(config.engine, each) != "none"]
     layout = plan.layout
     for tensor in _divisors(cluster.world_size):
         if layout.tensor < tensor <= cluster.per_node:

@@ -67,7 +67,7 @@ def _tensor(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
         return
     tokens = config.training.micro_batch_size * slots_per_pass(config) // layout.context
     groups = {
-        "activations of the layers": [*_columns(config), *_rows(config)],
+        "activations of the layers": [*_columns(config), *_rows(config), *_shared_heads(config, ranks)],
         "embedding, output layer, loss": _ends(config),
         "gates": _gates(config),
     }
@@ -119,6 +119,17 @@ def _rows(config: Config) -> list[_Call]:
     if config.parallel.sequence_parallel:
         return [_Call("scatter", size, 2 * forwards * layers), _Call("gather", size, 2 * layers)]
     return [_Call("all-reduce", size, 2 * forwards * layers)]
+
+
+def _shared_heads(config: Config, ranks: int) -> list[_Call]:
+    """Fewer KV heads than ranks: Megatron gathers the projections, of which each rank takes its queries."""
+    model, variant = config.model, VARIANTS[config.attention.variant]
+    heads = variant.kv_heads(model)
+    if heads >= ranks:
+        return []
+    size = (model.num_attention_heads + 2 * heads) * model.head_dim * _WIDTH[config.training.precision]
+    forwards = 1 + (config.training.recompute == "full")
+    return [_Call("gather", size, forwards * model.num_layers), _Call("scatter", size, model.num_layers)]
 
 
 def _ends(config: Config) -> list[_Call]:

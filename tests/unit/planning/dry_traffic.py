@@ -1,0 +1,33 @@
+"""Worker: what rank 0 of eight sends per group in a step, by a dry run of the real model and engine.
+
+python dry_traffic.py OUT.json CASES.json, the cases {name: overrides}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+
+from mka_megatron.config.load import load_config
+from mka_megatron.dry_run.rank import prepared, run_rank
+
+RANK, RANKS = 0, 8
+
+
+def sent(overrides: list[str]) -> dict[str, int]:
+    """Bytes by the first group that has the collective's ranks."""
+    run = run_rank(prepared(load_config([], overrides, world_size=RANKS)), RANK, RANKS, RANKS)
+    found: Counter[str] = Counter()
+    for collective, count in zip(run.step, run.counts, strict=True):
+        group = next(name for name in ("tensor", "replicas", "context") if run.groups[name] == collective.ranks)
+        found[group] += count * collective.sent(RANK)
+    return dict(found)
+
+
+if __name__ == "__main__":
+    with open(sys.argv[2]) as file:
+        cases = json.load(file)
+    results = {name: sent(overrides) for name, overrides in cases.items()}
+    with open(sys.argv[1], "w") as file:
+        json.dump(results, file)
