@@ -21,14 +21,7 @@ from mka_megatron.memory.tiers.statistics import TierStatistics
 from mka_megatron.memory.tiers.store import TierStore
 from mka_megatron.model.build import DTYPES
 from mka_megatron.parallel.groups import Topology
-
-
-def segments_per_step(config: Config) -> int:
-    """Forward and backward passes over a sample in one optimizer step: 1 without segments."""
-    training = config.training
-    if training.segment_length is None:
-        return 1
-    return training.segments_per_step or config.data.sequence_length // training.segment_length
+from mka_megatron.planning.steps import segments_per_step
 
 
 class Segments:
