@@ -47,7 +47,6 @@ LAYOUTS = {"dp2": [], "tp2": ["parallel.tensor_parallel=2"], "cp2": ["parallel.c
 # trained by two ranks in the first layout, gone on with in the second
 TURNS = {
     "tp2 zero3 to dp2 zero1 cpu": ([*STAGES["zero3"], *LAYOUTS["tp2"]], [*STAGES["zero1"], "engine.offload_optimizer=cpu"]),
-    "dp2 zero2 cpu to tp2 zero0": ([*STAGES["zero2"], "engine.offload_optimizer=cpu"], [*STAGES["zero0"], *LAYOUTS["tp2"]]),
     "cp2 zero0 to tp2 zero3": ([*STAGES["zero0"], *LAYOUTS["cp2"]], [*STAGES["zero3"], *LAYOUTS["tp2"]]),
     "tp2 block zero2 to dp2 zero2": ([*STAGES["zero2"], *BLOCK, *LAYOUTS["tp2"]], [*STAGES["zero2"], *BLOCK]),
 }
@@ -196,7 +195,6 @@ def main(phase: str, directory: Path, with_nvme: bool) -> None:
         mla = [*STAGES["zero1"], "model.qk_norm=false", "attention.variant=mla"]
         record("second mla", resumed(mla, directory / "mla"))
         record("refused mla", refused([*mla, *LAYOUTS["tp2"]], directory / "mla"))
-        record("refused precision", refused([*STAGES["zero1"], "training.precision=bf16"], directory / "zero1"))
         record("refused segments", refused([*STAGES["zero1"], *SEGMENTS], directory / "segments"))
         record("second segments", resumed([*STAGES["zero1"], *SEGMENTS], directory / "segments-whole"))
         if with_nvme:

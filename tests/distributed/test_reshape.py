@@ -91,8 +91,3 @@ def test_segments_go_on_between_samples_only(results: dict) -> None:
     go_on(results["second segments"], results["first segments"])
     for said in results["refused segments"]:
         assert "written with parallel.data_parallel 1 in the middle of a sample" in said and "but this run has 2" in said
-
-
-def test_another_precision_is_refused(results: dict) -> None:
-    for said in results["refused precision"]:
-        assert "written with training.precision fp32, but this run has bf16; set it back" in said
