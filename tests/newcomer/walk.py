@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -108,7 +109,9 @@ def borrow(checkout: Path, other: Path) -> None:
     # as launch/env.sh leaves it behind an installation
     wanted = (checkout / "constraints.txt").read_bytes() + (checkout / "pyproject.toml").read_bytes() + str(checkout).encode()
     (venv / "installed.sha256").write_text(hashlib.sha256(wanted).hexdigest() + "  -\n")
-    (venv / "operators").write_text("built\n")
+    if (other / "torch_extensions").is_dir():  # else the first command builds DeepSpeed's operators
+        shutil.copytree(other / "torch_extensions", venv / "torch_extensions")
+        (venv / "operators").write_text("built\n")
 
 
 def run(text: str, checkout: Path, environment: dict[str, str], seconds: int) -> tuple[int, str, dict[str, str]]:
