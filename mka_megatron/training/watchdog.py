@@ -40,7 +40,6 @@ class Beat:
     doing: str
     host: str
     pid: int
-    parent: int
 
 
 class Watchdog:
@@ -65,6 +64,7 @@ class Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
             (self._folder / _MARKER).unlink(missing_ok=True)
+        self._tell()
         self._thread.start()
         return self
 
@@ -93,22 +93,26 @@ class Watchdog:
             yield item
 
     def _run(self) -> None:
-        first: dict[int, Beat] = {}  # the others' files when this rank began to wait
-        last: dict[int, Beat] = {}
+        since: float | None = None  # when this rank began to wait and to watch the others
         progressed = 0.0
+        first: dict[int, Beat] = {}
+        last: dict[int, Beat] = {}
         while not self._ended.wait(self._period):
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
                 self._tell()
-            now, waiting = time.monotonic(), time.monotonic() - self._at
-            if waiting < self._limit / 10:
-                first = {}
+            now = time.monotonic()
+            if now - self._at < self._limit / 10:
+                since = None
                 continue
             beats = self._others()
-            if not first or any(beat.progress != last[rank].progress for rank, beat in beats.items() if rank in last):
+            if since is None:
+                since, progressed, first, last = now, now, beats, beats
+            if any(beat.progress != last[rank].progress for rank, beat in beats.items() if rank in last):
                 progressed = now
-            first, last = first or beats, beats
-            if (self._folder / _MARKER).exists() or min(waiting, now - progressed) >= self._limit:
-                self._end({rank for rank, beat in beats.items() if rank in first and beat.beat == first[rank].beat}, beats)
+            last = beats
+            if (self._folder / _MARKER).exists() or min(now - self._at, now - progressed) >= self._limit:
+                known = first if now - since > self._limit / 2 else {}
+                self._end({rank for rank, beat in beats.items() if rank in known and beat.beat == known[rank].beat}, beats)
 
     def _tell(self) -> None:
         """Write this rank's file."""
@@ -118,7 +122,7 @@ class Watchdog:
         os.replace(partial, self._folder / str(self._rank))
 
     def _own(self) -> Beat:
-        return Beat(self._beat, self._progress, self._place, self.doing, socket.gethostname(), os.getpid(), os.getppid())
+        return Beat(self._beat, self._progress, self._place, self.doing, socket.gethostname(), os.getpid())
 
     def _others(self) -> dict[int, Beat]:
         """The other ranks' files; one that has ended has none."""
@@ -146,7 +150,7 @@ class Watchdog:
             print(self._sentence(silent, beats), file=sys.stderr, flush=True)
         self._ended.wait(2 * self._period + 1)
         for rank in silent:  # torchrun would wait for them before it starts the ranks anew
-            if (beats[rank].host, beats[rank].parent) == (socket.gethostname(), os.getppid()):
+            if beats[rank].host == socket.gethostname() and _parent(beats[rank].pid) == os.getppid():
                 os.kill(beats[rank].pid, signal.SIGKILL)
         os._exit(1)
 
@@ -158,3 +162,11 @@ class Watchdog:
         places = "; then ".join(f"{', '.join(ranks)} in {what}" for what, ranks in doing.items())
         return (f"no rank has made progress for {self._limit:.0f} s (engine.timeout_seconds), the one behind first: {places}; stack "
                 f"traces are in {self._hangs}, and the run ends with exit code 1.")  # fmt: skip
+
+
+def _parent(pid: int) -> int | None:
+    """Of a process of this machine; None where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None

@@ -48,17 +48,17 @@ with Watchdog(folder, rank, ranks, limit) as watchdog:
 
 
 class Ranks:
-    """Three watched processes in a folder."""
+    """Watched processes in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int = 3) -> None:
         self.folder = folder
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.processes = [
-            subprocess.Popen([sys.executable, "-c", RANK, str(folder), str(rank), "3", str(LIMIT)], env=environment,
+            subprocess.Popen([sys.executable, "-c", RANK, str(folder), str(rank), str(count), str(LIMIT)], env=environment,
                              stderr=subprocess.PIPE, text=True)
-            for rank in range(3)
+            for rank in range(count)
         ]  # fmt: skip
-        self.wait(lambda: all((folder / f"steps-{rank}").exists() for rank in range(3)))
+        self.wait(lambda: all((folder / f"steps-{rank}").exists() for rank in range(count)))
 
     def set(self, *names: str) -> None:
         for name in names:
@@ -79,9 +79,9 @@ class Ranks:
         return {int(path.name.split("-")[1]): path.read_text() for path in (self.folder / "hangs").glob("rank-*.txt")}
 
 
-@pytest.fixture
-def ranks(tmp_path: Path):  # type: ignore[no-untyped-def]
-    started = Ranks(tmp_path)
+@pytest.fixture(params=[3])
+def ranks(tmp_path: Path, request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    started = Ranks(tmp_path, request.param)
     yield started
     for process in started.processes:
         process.kill()
@@ -110,6 +110,15 @@ def test_a_stopped_rank_is_named_and_killed(ranks: Ranks) -> None:
     assert printed[0] == printed[2] == ""
     assert f"rank 0 (process {ranks.processes[0].pid} on " in printed[1] and "does not answer" in printed[1]
     assert set(ranks.stacks()) == {1, 2}
+
+
+@pytest.mark.parametrize("ranks", [1], indirect=True)
+def test_a_process_of_its_own_is_watched_too(ranks: Ranks) -> None:
+    ranks.set("block-0")
+    codes, printed = ranks.ends()
+    assert codes == [1]
+    assert "rank 0 in the reading of the batch" in printed[0]
+    assert "waits_for_a_disk" in ranks.stacks()[0]
 
 
 def test_progress_of_one_rank_keeps_the_others_waiting(ranks: Ranks) -> None:
