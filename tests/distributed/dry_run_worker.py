@@ -48,6 +48,7 @@ CASES = {
     ],
     "context 4, block core, fewer recalled": [
         "parallel.context_parallel=4", *BLOCK, "memory_hierarchy.l3.recalled_chunks=1", "training.global_batch_size=2",
+        "model.num_layers=2",
     ],
     "context x data, dense core, zero 2": [
         *CONTEXT, *L3, "training.recompute=selective", "engine.zero_stage=2", "training.global_batch_size=12",
@@ -55,6 +56,9 @@ CASES = {
     "tensor x data, gqa, zero 2, offloaded": [
         *TENSOR, "attention.variant=gqa", "model.qk_norm=true", "engine.zero_stage=2", "engine.offload_optimizer=cpu",
         "training.global_batch_size=4",
+    ],
+    "tensor x context, block core, zero 3": [
+        *TENSOR, *CONTEXT, *BLOCK, "engine.zero_stage=3", "training.global_batch_size=4",
     ],
     "tensor x data, fp32, zero 0": [
         *TENSOR, "parallel.sequence_parallel=true", "training.precision=fp32", "engine.zero_stage=0",

@@ -22,7 +22,7 @@ BOUND = "context 4, block core, fewer recalled"
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("dry-run") / "rank"
-    torchrun(WORKER, out, ranks=RANKS, timeout=600)
+    torchrun(WORKER, out, ranks=RANKS, timeout=900)
     return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -57,7 +57,7 @@ def test_the_shards_and_partitions_are_those_of_real_ranks(ranks: list[dict[str,
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "tools/dry_run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "tools/dry_run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
 
 
