@@ -39,7 +39,8 @@ run_torchrun() {
             --rdzv-id="${JOB_ID:-mka}" --rdzv-conf="is_host=$((NODE_RANK == 0))"
             --local-addr="${LOCAL_ADDR:-$(hostname -f)}")
     fi
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # in a shared store, ranks started anew meet the addresses of those before
+    # in a shared store, ranks started anew meet the addresses of those before
+    [ "${NNODES:-1}" = 1 ] && [ "${MAX_RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     run_ranks python -m torch.distributed.run "${meet[@]}" --nproc-per-node="$nproc" \
         --max-restarts="${MAX_RESTARTS:-0}" --shutdown-timeout=600 "$@"
 }
