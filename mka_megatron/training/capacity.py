@@ -30,8 +30,8 @@ def check_capacity(config: Config, environment: Mapping[str, str] = os.environ) 
 
     Args:
         config: validated for WORLD_SIZE ranks.
-        environment: WORLD_SIZE and LOCAL_WORLD_SIZE, as torchrun sets them; each 1 where it is not there. Nodes that
-            differ in their number of ranks are not checked.
+        environment: WORLD_SIZE, LOCAL_WORLD_SIZE (1 where they are not there) and RANK, as torchrun sets them. Nodes
+            that differ in their number of ranks are not checked.
 
     Raises:
         ConfigError: one sentence with the memory that is too small, its largest part, need, have, and the fix.
@@ -41,7 +41,9 @@ def check_capacity(config: Config, environment: Mapping[str, str] = os.environ) 
         return
     plan = host_plan(config, local, world // local)
     if plan.shortages:
-        raise ConfigError(refusal(plan).removesuffix(".") + " (--no-plan starts it all the same).")
+        # rank 0 looks for the fix; another is heard only where rank 0 has nothing to say
+        fix = "this node has less than that of rank 0" if int(environment.get("RANK", 0)) else None
+        raise ConfigError(refusal(plan, fix).removesuffix(".") + " (--no-plan starts it all the same).")
 
 
 def host_plan(config: Config, per_node: int, nodes: int) -> Plan:
