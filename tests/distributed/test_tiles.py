@@ -47,6 +47,14 @@ def test_losses_are_bitwise_equal_and_gradients_to_roundoff(directory: Path, lay
         assert_same(tiled["gradients"][name], gradient, terms=64)
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp"])
+def test_tensor_parallel_tiles_give_every_token_the_loss_it_has_on_one_rank(directory: Path, layout: str, model: str) -> None:
+    runs = torch.load(directory / "models-0.pt", weights_only=True)
+    alone, shared = runs[f"dp2, {model}"]["plain"]["losses"], runs[f"{layout}, {model}"]["tiled"]["losses"]
+    assert_same(shared["training"], alone["training"], terms=64)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_engine_does_not_tell_them_apart(engines: dict, name: str) -> None:
     """Losses and gradient norms of two steps, the held-out loss, one hook per parameter and pass, the weights gathered."""
