@@ -94,4 +94,4 @@ def test_what_to_train_is_asked_for(cluster: slurm.Cluster, tmp_path: Path) -> N
     environment = launch_environment(tmp_path / "venv") | {"MODEL": "qwen9", "CONTEXT": "1m"}
     job = cluster.submit(f"--output={log}", SCRIPT, environment=environment)
     cluster.wait("the job did not end", lambda: cluster.state(job) == "FAILED", 60)
-    assert "configs/run/qwen9_1m.yaml is not there; configs/run has " in log.read_text()
+    assert "MODEL is 'qwen9' and CONTEXT is '1m', which name no recipe; configs/run has " in log.read_text()
