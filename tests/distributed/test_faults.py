@@ -17,7 +17,7 @@ from mka_megatron.drills.tiny import Run, evaluations, losses, overrides
 STEPS, SAVE_INTERVAL, LIMIT = 60, 4, 8
 AGENT = (str(Path(__file__).with_name("fault_worker.py")),)
 KILLS = [
-    Kill(1, "start", 1, 0.5), Kill(0, "data", 1, 0.2), Kill(1, "step", 3, 0.0), Kill(0, "save", 1, 0.0), Kill(1, "save", 2, 0.02),
+    Kill(1, "start", 1, 0.0), Kill(0, "data", 1, 0.2), Kill(1, "step", 3, 0.0), Kill(0, "save", 1, 0.0), Kill(1, "save", 2, 0.02),
 ]  # fmt: skip
 
 
