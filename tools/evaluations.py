@@ -116,6 +116,9 @@ def ruler_of(arguments: argparse.Namespace, evaluated: Evaluated, rank: int) -> 
     def tokens(text: str) -> int:
         return len(evaluated.tokenizer.encode([text])[0])
 
+    if arguments.official is None:
+        for name in names:  # a task that does not fit is refused before any is asked
+            next(dataset.samples(name, min(lengths), 1, tokens, arguments.data, arguments.seed))
     for name in names:
         for length in lengths:
             if all(f"{name}/{length}/{index}" in results.records for index in range(count)):

@@ -69,7 +69,7 @@ def tokenizer_path(config: Config, checkpoint: Checkpoint | None) -> Path:
     own = None if checkpoint is not None or config.model.init_from is None else Path(config.model.init_from)
     if own is not None and (own / "tokenizer_config.json").is_file():
         return own
-    found = find_tokenizer(config, None)
+    found = find_tokenizer(config, checkpoint)
     if found is None:
         raise refuse(
             "data.tokenizer", "null", "the tokenizer of this model is not on this machine; name its directory"

@@ -67,7 +67,7 @@ def export(checkpoint: Path, output: Path, *, dtype: Precision | None = None, sh
         output: directory that does not exist yet or is empty.
         dtype: None: that of the training (training.precision). fp32 takes the optimizer's masters.
         shard_bytes: a file holds at most this many bytes of tensors, or one tensor.
-        tokenizer: directory of the tokenizer; None: where the checkpoint's configuration says, if it is there.
+        tokenizer: directory of the tokenizer; None: where the checkpoint says, if it is there.
         remote_code: writes the model's own code into a directory.
         progress: shows the bytes that are written.
 
@@ -79,7 +79,7 @@ def export(checkpoint: Path, output: Path, *, dtype: Precision | None = None, sh
     verified = _verified(checkpoint)
     saved = verified.body["config"]
     config = typed(saved, {(section,): str(checkpoint / "manifest.json") for section in saved})
-    found = find_tokenizer(config, tokenizer)
+    found = find_tokenizer(config, verified, tokenizer)
     vocab_size = _vocab_size(config, found)
     table = hf_table(config, vocab_size)
     precision: Precision = dtype or config.training.precision

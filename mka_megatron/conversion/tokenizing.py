@@ -9,6 +9,7 @@ from typing import Any
 from mka_megatron.config.errors import ConfigError, refuse, show
 from mka_megatron.config.schema import Config
 from mka_megatron.files.jsonfile import read_object
+from mka_megatron.training.manifest import Checkpoint
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
          "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json")
@@ -56,11 +57,16 @@ class Tokenizer:
         return {token: number for token, number in ids.items() if isinstance(token, str) and type(number) is int}
 
 
-def find_tokenizer(config: Config, given: Path | None) -> Tokenizer | None:
-    """The tokenizer of a run: `given`, or data.tokenizer, or the one that the run trained, or that of model.init_from.
+def find_tokenizer(config: Config, checkpoint: Checkpoint | None, given: Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a run: `given`, data.tokenizer, the one `checkpoint` names, the only trained one, or init_from's.
+
+    Args:
+        config: of the run.
+        checkpoint: of the run; None: there is none.
+        given: directory that goes before all others.
 
     Returns:
-        None where the configuration's directories are not on this machine.
+        None where none of these directories is on this machine.
 
     Raises:
         ConfigError: there are no tokenizer files in `given`, or several trained ones that it could be.
@@ -72,6 +78,9 @@ def find_tokenizer(config: Config, given: Path | None) -> Tokenizer | None:
         return found
     if config.data.tokenizer is not None:
         return _at(Path(config.data.tokenizer))
+    recorded = None if checkpoint is None else checkpoint.body["state"].get("tokenizer")
+    if recorded is not None and (own := _at(Path(recorded))) is not None:
+        return own
     trained = [each for each in map(_at, sorted(Path(config.data.cache_dir, "tokenizers").glob("*"))) if each is not None]
     if len(trained) > 1:
         raise refuse("data.tokenizer", None, f"{config.data.cache_dir}/tokenizers has {len(trained)} trained tokenizers; name "

@@ -313,6 +313,7 @@ class Run:
             "consumed_samples": self.consumed_samples,
             "bad_from": self.bad_from,
             "evaluations": [asdict(item) for item in self.evaluations],
+            "tokenizer": None if self.data.tokenizer is None else self.data.tokenizer.name,
         }
         self.saver.save(self.engine.step, state)
 

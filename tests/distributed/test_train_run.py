@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,6 +60,12 @@ def test_metrics_sum_the_run_up(run: Run) -> None:
     assert {"python", "torch", "megatron-core", "deepspeed"} <= metrics["versions"].keys()
     assert metrics["peak_memory_gib"] > 0
     assert (run.out / "checkpoints" / "step-00000060").samefile(metrics["checkpoint"])
+
+
+def test_the_checkpoint_names_its_tokenizer(run: Run) -> None:
+    body = json.loads((run.out / "checkpoints/step-00000060/manifest.json").read_text())["body"]
+    trained = Path(run.metrics()["config"]["data"]["cache_dir"], "tokenizers").glob("[!.]*")
+    assert [body["state"]["tokenizer"]] == [str(path) for path in trained]
 
 
 def test_every_step_is_in_the_loss_log(run: Run) -> None:

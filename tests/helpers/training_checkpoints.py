@@ -90,13 +90,13 @@ def write(folder: Path, config: Config, shards: Sequence[dict[str, Tensor]], par
     return folder
 
 
-def publish(folder: Path, config: Config, layout: dict[str, Any] | None = None) -> None:
+def publish(folder: Path, config: Config, layout: dict[str, Any] | None = None, state: dict[str, Any] | None = None) -> None:
     """(Re)write the manifest for whatever lies in `folder`."""
     if layout is None:
         layout = manifest._read(folder)["layout"]
     files = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
              for path in sorted(folder.rglob("*.pt"))}
-    manifest.write(folder, {"step": 7, "state": {}, "engine": {}, "layout": layout, "config": dataclasses.asdict(config),
+    manifest.write(folder, {"step": 7, "state": state or {}, "engine": {}, "layout": layout, "config": dataclasses.asdict(config),
                             "files": files})
 
 

@@ -24,12 +24,13 @@ def main() -> None:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator([*documents, Path("README.md").read_text(encoding="utf-8")], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    english = [path.read_text(encoding="utf-8") for path in [Path("README.md"), *sorted(Path("docs").glob("*.md"))]]
+    tokenizer.train_from_iterator([*documents, *english], trainer)  # of so many entries that RULER's fixed budgets suffice
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained("DIR")  # noqa: S106
 
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=576, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                                  max_position_embeddings=8192, eos_token_id=0, bos_token_id=None)).save_pretrained("DIR")  # fmt: skip
 
 

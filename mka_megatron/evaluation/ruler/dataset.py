@@ -17,6 +17,8 @@ Count = Callable[[str], int]
 """Tokens of a text."""
 _SHORT = 4096
 """Below this length examples and steps are smaller."""
+_EXAMPLE = 500
+"""Tokens of the worked example of variable tracking, at most."""
 _TRIES = 64
 
 
@@ -93,7 +95,11 @@ def _haystack(
         return _Haystack(lambda index, size: of_size(size), step, step, thrice)
     if isinstance(task, tasks.VariableTracking):
         shown = _Haystack(lambda index, size: make.variable_tracking(task, draws, size, example=True), 5, 5, thrice)
-        [(text, names, _)] = _fitted(shown, name, 500, 1, 0, tokens)
+        try:
+            [(text, names, _)] = _fitted(shown, name, _EXAMPLE, 1, 0, tokens)
+        except ConfigError:
+            raise ConfigError(f"--tasks has {name}: its worked example has to fit into {_EXAMPLE} tokens, and does not with this "
+                              "tokenizer; leave the task out.") from None
         example = f"{text} {' '.join(names)}\n"
 
         def chain(index: int, size: int) -> make.Sample:

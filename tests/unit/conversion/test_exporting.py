@@ -293,6 +293,11 @@ def test_the_tokenizer_comes_along_and_gives_the_vocabulary(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"has 2 trained tokenizers; name the run's own \(--tokenizer\)"):
         export(path, tmp_path / "again")
     assert export(path, tmp_path / "again", tokenizer=second).tokenizer == second
+    made.publish(path, config, state={"tokenizer": str(trained)})
+    assert export(path, tmp_path / "named").tokenizer == trained
+    made.publish(path, config, state={"tokenizer": str(tmp_path / "gone")})
+    with pytest.raises(ConfigError, match="has 2 trained tokenizers"):
+        export(path, tmp_path / "ambiguous")
 
 
 def test_without_its_tokenizer_a_checkpoint_needs_one_only_for_the_vocabulary(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_missing_files_and_too_short_lengths_are_one_sentence(tmp_path: Path) ->
     for name in ("niah_single_1", "cwe", "fwe"):
         with pytest.raises(ConfigError, match="nothing of RULER's"):
             list(dataset.samples(name, 150, 1, words, None, 42))
+    with pytest.raises(ConfigError, match="--tasks has vt: its worked example has to fit into 500 tokens"):
+        list(dataset.samples("vt", 4096, 1, len, None, 42))  # a token a character
     (tmp_path / "hotpotqa.json").write_text('[{"question": 1}]')
     with pytest.raises(DataError, match="has not the fields"):
         list(dataset.samples("qa_2", 1024, 1, words, tmp_path, 42))

@@ -124,6 +124,7 @@ def test_longbench_v2(tool, tmp_path: Path) -> None:
     (("ruler", "--tasks", "niah"), "--tasks has niah"),
     (("ruler", "--tasks", "qa_2"), "qa_2 needs hotpotqa.json"),
     (("ruler", "--lengths", "4096", "--tasks", "fwe"), "--lengths needs 4095 positions"),
+    (("ruler", "--lengths", "420", "--tasks", "niah_single_1,vt", "--samples", "1"), "nothing of RULER's vt fits"),
     (("ruler", "--official", "nowhere"), "--official nowhere is no folder"),
     (("passkey", "--depths", "2"), "--depths is [2.0]"),
     (("passkey", "--lengths", "64"), "leaves no room"),
@@ -137,6 +138,7 @@ def test_longbench_v2(tool, tmp_path: Path) -> None:
 def test_refusals_are_one_sentence(tool, tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
     code, out, err = tool(arguments[0], "--out", tmp_path / "out", *arguments[1:])
     assert code == 2 and not out and sentence in err and "Traceback" not in err
+    assert not any(path.read_text() for path in tmp_path.rglob("examples.jsonl"))
 
 
 def test_what_a_tokenizer_puts_before_a_text(tmp_path: Path, directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
