@@ -37,7 +37,8 @@ from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
 from mka_megatron.parallel import groups
 from mka_megatron.parallel.groups import Topology
-from mka_megatron.planning.memory import Layout, Part, node_memory, rank_memory
+from mka_megatron.planning.memory import Part, node_memory, rank_memory
+from mka_megatron.planning.steps import Layout
 from mka_megatron.training.engine import Engine, construction_context
 
 _MIB = 1 << 20

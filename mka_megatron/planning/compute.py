@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from mka_megatron.config.schema import Config
 from mka_megatron.planning.cluster import Cluster
 from mka_megatron.planning.flops import model_flops
-from mka_megatron.planning.memory import Layout
 from mka_megatron.planning.parameters import rank_parameters
-from mka_megatron.planning.steps import passes, segments_per_step, slots_per_pass, tokens_per_step
+from mka_megatron.planning.steps import Layout, passes, segments_per_step, slots_per_pass, tokens_per_step
 from mka_megatron.planning.traffic import Flow, Group
 
 UTILISATION = 0.4

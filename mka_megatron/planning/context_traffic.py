@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, recalls
-from mka_megatron.planning.memory import Layout
+from mka_megatron.planning.steps import Layout
 
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _STATE = 4

@@ -9,6 +9,7 @@ from mka_megatron.config.variants import recalls
 from mka_megatron.planning.activations import WIDTHS
 from mka_megatron.planning.parameters import Parameter
 from mka_megatron.planning.states import Run, Term, elements, groups, largest, touched
+from mka_megatron.planning.steps import segments_per_step
 
 _FP32 = 4
 _GIB = 1 << 30
@@ -118,7 +119,7 @@ def _pages(config: Config, tokens: int, tensor: int, run: Run) -> Term | None:
     width, chunk = WIDTHS[training.precision], memory.l1.chunk_size
     heads = max(1, model.num_kv_heads // tensor)
     passes = config.data.sequence_length // training.segment_length
-    per_step = training.segments_per_step or passes
+    per_step = segments_per_step(config)
     samples = training.micro_batch_size * (1 if per_step == passes else max(1, run.passes // per_step))
     chunks = tokens // training.micro_batch_size * passes // chunk
     l3 = memory.l3

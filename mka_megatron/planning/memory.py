@@ -17,6 +17,7 @@ from mka_megatron.planning import host, sharded_states, states
 from mka_megatron.planning.activations import WIDTHS, layer_bytes
 from mka_megatron.planning.parameters import padded_vocabulary, rank_parameters
 from mka_megatron.planning.states import Moment, Run, Term
+from mka_megatron.planning.steps import Layout, passes
 
 Device = Literal["cuda", "cpu"]
 
@@ -24,15 +25,6 @@ _FP32 = 4
 _GIB = 1 << 30
 _PARTS = 2048
 """Parts that the backward pass of block_attention splits its keys into, at most."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Ranks along each axis; their product is the world."""
-
-    tensor: int
-    context: int
-    data: int
 
 
 @dataclass(frozen=True)
@@ -91,13 +83,9 @@ def node_memory(
 
 def _run(config: Config, layout: Layout, device: Device) -> Run:
     training, engine = config.training, config.engine
-    per_pass = training.micro_batch_size * layout.data
-    segments = 1
-    if training.segment_length is not None:
-        segments = training.segments_per_step or config.data.sequence_length // training.segment_length
     return Run(
         stage=engine.zero_stage, precision=training.precision, shards=layout.context * layout.data, context=layout.context,
-        passes=max(1, training.global_batch_size // per_pass) * segments, tied=config.model.tie_embeddings,
+        passes=passes(config, layout), tied=config.model.tie_embeddings,
         offloaded=engine.offload_optimizer != "none", on_cuda=device == "cuda",
     )
 

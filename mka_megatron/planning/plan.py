@@ -9,7 +9,8 @@ from mka_megatron.config.schema import Config
 from mka_megatron.config.validate import data_parallel_size
 from mka_megatron.planning.cluster import GIB, Cluster
 from mka_megatron.planning.compute import UTILISATION, Times, Work, times, work
-from mka_megatron.planning.memory import Device, Layout, Part, node_memory, rank_memory
+from mka_megatron.planning.memory import Device, Part, node_memory, rank_memory
+from mka_megatron.planning.steps import Layout
 from mka_megatron.planning.traffic import Flow, flows
 
 _QWEN = 152_064

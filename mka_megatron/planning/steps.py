@@ -1,9 +1,19 @@
-"""How an optimizer step is divided: passes, rows and slots of a rank."""
+"""The ranks, and how an optimizer step is divided among them: passes, rows and slots."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mka_megatron.config.schema import Config
-from mka_megatron.planning.memory import Layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along each axis; their product is the world."""
+
+    tensor: int
+    context: int
+    data: int
 
 
 def segments_per_step(config: Config) -> int:
@@ -22,7 +32,8 @@ def slots_per_pass(config: Config) -> int:
 def passes(config: Config, layout: Layout) -> int:
     """Forward and backward passes of a rank in one optimizer step."""
     training = config.training
-    return training.global_batch_size // (training.micro_batch_size * layout.data) * segments_per_step(config)
+    rows = training.micro_batch_size * layout.data
+    return max(1, training.global_batch_size // rows) * segments_per_step(config)
 
 
 def tokens_per_step(config: Config) -> int:

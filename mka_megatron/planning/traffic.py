@@ -15,9 +15,8 @@ from typing import Literal
 from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
 from mka_megatron.planning.context_traffic import layer_traffic
-from mka_megatron.planning.memory import Layout
 from mka_megatron.planning.parameters import Parameter, rank_parameters
-from mka_megatron.planning.steps import passes, slots_per_pass
+from mka_megatron.planning.steps import Layout, passes, slots_per_pass
 
 Group = Literal["tensor", "context", "data"]
 Kind = Literal["all-reduce", "gather", "scatter"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mka_megatron.config.load import load_config
 from mka_megatron.planning.context_traffic import layer_traffic
-from mka_megatron.planning.memory import Layout
+from mka_megatron.planning.steps import Layout
 from tests.distributed.context_parallel_worker import KINDS, LAYOUTS, ROWS, SEQUENCE, SHAPE
 from tests.helpers.launch import torchrun
 from tests.helpers.numerics import assert_same

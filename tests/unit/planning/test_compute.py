@@ -7,8 +7,7 @@ import pytest
 from mka_megatron.config.load import load_config
 from mka_megatron.planning.cluster import CPU, Cluster, Gpu
 from mka_megatron.planning.compute import link, times, work
-from mka_megatron.planning.memory import Layout
-from mka_megatron.planning.steps import passes, tokens_per_step
+from mka_megatron.planning.steps import Layout, passes, tokens_per_step
 from mka_megatron.planning.traffic import Flow
 
 SHAPE = [

@@ -13,9 +13,10 @@ from deepspeed.runtime.zero.offload_config import (
 from mka_megatron.config.load import load_config
 from mka_megatron.config.schema import Config
 from mka_megatron.planning import host, sharded_states, states
-from mka_megatron.planning.memory import Layout, node_memory, rank_memory
+from mka_megatron.planning.memory import node_memory, rank_memory
 from mka_megatron.planning.parameters import Parameter
 from mka_megatron.planning.states import filled, touched
+from mka_megatron.planning.steps import Layout
 from mka_megatron.training import deepspeed_config
 
 VOCAB = 1000

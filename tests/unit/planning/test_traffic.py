@@ -16,7 +16,7 @@ import pytest
 
 from mka_megatron.config.load import load_config
 from mka_megatron.config.schema import Config
-from mka_megatron.planning.memory import Layout
+from mka_megatron.planning.steps import Layout
 from mka_megatron.planning.traffic import flows, ring
 from tests.unit.planning.dry_traffic import RANKS
 
