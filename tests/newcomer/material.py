@@ -30,7 +30,7 @@ def main() -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained("DIR")  # noqa: S106
 
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=4224, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                                  max_position_embeddings=8192, eos_token_id=0, bos_token_id=None)).save_pretrained("DIR")  # fmt: skip
 
 

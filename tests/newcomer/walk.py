@@ -1,6 +1,6 @@
 """The README's commands, one after the other, in a fresh clone in an empty folder with an empty home.
 
-    python -m tests.newcomer.walk                            # installs as the README does; half an hour on two cores
+    python -m tests.newcomer.walk                            # installs as the README does; ten minutes on two cores
     python -m tests.newcomer.walk --reuse .venv              # with the packages of this environment
     python -m tests.newcomer.walk --folder DIR --last 3      # the first three commands, in an empty folder that is kept
     python -m tests.newcomer.walk --folder DIR --first 4     # and the others
