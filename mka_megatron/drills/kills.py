@@ -28,8 +28,9 @@ class DrillError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: `delay` seconds after the ranks started (start; data, of which nothing is prepared then), after the
-    `count`-th step since they did (step), or after they began to write their `count`-th checkpoint (save)."""
+    """One kill: `delay` seconds after the ranks started (start; data, of which nothing is prepared then) or at their first
+    step, `delay` after the `count`-th step since they did (step), or after they began to write their `count`-th checkpoint
+    (save)."""
 
     rank: int
     moment: Moment
@@ -85,7 +86,7 @@ class Start:
         self.run, self.pids = run, run.workers()
         until(run, lambda: self._started(before), "its ranks started")
         self._old_losses = run.losses_inode()
-        self._old_folders = set(run.unpublished().values())
+        self._old_folders = run.unpublished()
 
     def strike(self, kill: Kill) -> str | None:
         """Kill at the moment; returns what the ranks were doing, None where they had ended by themselves."""
@@ -95,9 +96,11 @@ class Start:
             self._wait(lambda: self.run.steps() >= last, f"step {last}")
         elif kill.moment == "save":
             for _ in range(kill.count):
-                seen = self._old_folders | set(self.run.unpublished().values())
+                seen = self._old_folders | self.run.unpublished()
                 self._wait(lambda seen=seen: bool(self._writing(seen)), "a checkpoint was written")  # type: ignore[misc]
-        time.sleep(kill.delay)
+        struck = time.monotonic() + kill.delay
+        early = kill.moment in ("start", "data")  # over at the first step, however fast the machine is
+        self._wait(lambda: time.monotonic() >= struck or (early and self._trains()), "the moment of a kill")
         doing = self._doing()
         if self.run.workers() != self.pids or not _alive(self.pids[kill.rank]):
             return None
@@ -106,7 +109,10 @@ class Start:
 
     def trains(self) -> None:
         """Wait until the ranks are about to take steps."""
-        self._wait(lambda: self.run.losses_inode() != self._old_losses, "the first step after a start")
+        self._wait(self._trains, "the first step after a start")
+
+    def _trains(self) -> bool:
+        return self.run.losses_inode() != self._old_losses
 
     def _started(self, before: set[int]) -> bool:
         self.pids = self.run.workers()
@@ -115,14 +121,14 @@ class Start:
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         until(self.run, lambda: condition() or self.run.workers() != self.pids, what)
 
-    def _writing(self, seen: set[int]) -> list[str]:
+    def _writing(self, seen: set[tuple[str, int]]) -> list[str]:
         """Checkpoints that began to be written, other than those `seen`."""
-        return [name for name, inode in self.run.unpublished().items() if inode not in seen and name.startswith(".tmp-step-")]
+        return [name for name, _ in self.run.unpublished() - seen if name.startswith(".tmp-step-")]
 
     def _doing(self) -> str:
-        if self.run.losses_inode() == self._old_losses:
+        if not self._trains():
             return "before the first step" if self.run.prepared() else "in the data preparation"
-        fresh = [name for name, inode in self.run.unpublished().items() if inode not in self._old_folders]
+        fresh = [name for name, _ in self.run.unpublished() - self._old_folders]
         if any(name.startswith(".tmp-step-") for name in fresh):
             return "in a checkpoint write"
         if fresh:

@@ -85,14 +85,14 @@ class Run:
         """Whether the tokenised text is there."""
         return any((self.cache / "datasets").glob("[!.]*"))
 
-    def unpublished(self) -> dict[str, int]:
-        """Name -> inode of the checkpoint folders that are being written, replaced or removed."""
-        found = {}
+    def unpublished(self) -> set[tuple[str, int]]:
+        """(name, inode) of the checkpoint folders that are being written, replaced or removed; each is used again."""
+        found = set()
         try:
             with os.scandir(self.out / "checkpoints") as entries:
                 for entry in entries:
                     if entry.name.startswith(".tmp-"):
-                        found[entry.name] = entry.inode()
+                        found.add((entry.name, entry.inode()))
         except OSError:
             pass
         return found
