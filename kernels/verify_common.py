@@ -53,7 +53,7 @@ class Timing:
     copy_share: float | None = None
     """Its bandwidth over that of a copy in the same run."""
     goal: str = ""
-    """The goal of DESIGN.md section 4 and whether it is met."""
+    """What is aimed at, and whether it is met."""
     flops: int = 0
     """Multiplications and additions that the op must do in matrix products; 0: not its bound."""
 

@@ -1,9 +1,9 @@
 """Speed and memory of generation by attention variant, prompt length and batch, with random weights of one shape.
 
     python tools/bench_inference.py --variants gqa,fastmka,blockmka --seq 1024,4096 --batch 1 --json out.json
-    python tools/bench_inference.py --variants mha,mqa,gqa,mla,mka,fastmka,blockmka --seq 32768 --chunk 128 --window 2048 \
+    python tools/bench_inference.py --variants mha,mqa,gqa,mla,mka,fastmka,blockmka --seq 32768 --chunk 128 --window 2048 \\
         --recalled 16 configs/model/qwen2.5-7b.yaml training.precision=bf16 attention.mla.kv_lora_rank=512
-    python tools/bench_inference.py --protocol paper --json out.json --plots plots configs/model/qwen2.5-7b.yaml \
+    python tools/bench_inference.py --protocol paper --json out.json --plots plots configs/model/qwen2.5-7b.yaml \\
         training.precision=bf16
 
 A variant is a file of configs/attention. Each has a process of its own, each cell (prompt length, batch) a memory of its
@@ -25,10 +25,10 @@ prompt and of 4 tokens; on a CPU calls of operators take the launches' place.
 
 Bandwidth of the decode on an NVIDIA GPU, by Nsight Compute (the timed tokens are its range "decode"):
 
-    ncu --target-processes all --nvtx --nvtx-include "decode/" --csv --log-file decode.csv --metrics \
-        gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,\
-sm__throughput.avg.pct_of_peak_sustained_elapsed \
-        python tools/bench_inference.py --variants fastmka --seq 32768 --warmup 2 --tokens 2 --prefill-seconds 0 \
+    ncu --target-processes all --nvtx --nvtx-include "decode/" --csv --log-file decode.csv --metrics \\
+        gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,\\
+sm__throughput.avg.pct_of_peak_sustained_elapsed \\
+        python tools/bench_inference.py --variants fastmka --seq 32768 --warmup 2 --tokens 2 --prefill-seconds 0 \\
         configs/model/qwen2.5-7b.yaml training.precision=bf16
 
 Bytes read and written over the kernels' time are the bandwidth, the two percentages its share of the device's peak and the

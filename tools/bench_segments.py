@@ -1,6 +1,6 @@
 """Training in segments with most of the memory on the SSD: peak memory, time lost to it, and the same numbers.
 
-    python tools/bench_segments.py --work DIR [--steps 2] [--short 16384] [--json out.json] \
+    python tools/bench_segments.py --work DIR [--steps 2] [--short 16384] [--json out.json] \\
         [configs/run/tiny-256k.yaml key=value ...]
 
 Three runs of one configuration, each a process of its own: as it is; with samples of `--short` tokens; and with

@@ -3,10 +3,10 @@
     python tools/convert_hf.py import Qwen/Qwen2.5-7B out configs/attention/fastmka.yaml
     python tools/convert_hf.py verify Qwen/Qwen2.5-7B out
     python tools/convert_hf.py strip out plain
-    python tools/convert_hf.py export runs/x/step-1000 trained
+    python tools/convert_hf.py export runs/x/checkpoints/step-00001000 trained
 
 A model is a directory or a name on the hub. Weights are moved as bytes, on the CPU, with memory that does not depend on
-the model's size. The output appears complete, or not at all.
+the model's size; verify alone loads its two models, one after the other. The output appears complete, or not at all.
 """
 
 from __future__ import annotations

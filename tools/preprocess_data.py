@@ -1,6 +1,6 @@
 """Tokenise text ahead of time into a Megatron dataset (.bin/.idx), in parallel.
 
-    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model Qwen/Qwen2.5-7B --append-eod --workers 16
 
 writes data/corpus_text_document.bin and .idx; name that prefix as a source (data.train), or give it to

@@ -31,7 +31,7 @@ def test_levels_are_routed_only_by_gated_variants_with_more_than_one() -> None:
 
 
 def test_nothing_else_in_attention_or_model_compares_variant_names() -> None:
-    """A variant is one file and one registry entry (DESIGN: rule 1)."""
+    """A variant is one file and one registry entry."""
     package = Path(mka_megatron.__file__).parent
     for path in [*package.glob("attention/*.py"), *package.glob("model/*.py"), *package.glob("memory/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
