@@ -4,6 +4,7 @@ it had been left alone."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -62,8 +63,9 @@ def test_the_kills_met_what_they_were_meant_for(struck: Struck) -> None:
 
 
 def test_the_ranks_left_behind_say_so_in_a_sentence(struck: Struck) -> None:
-    lost = [line for line in struck.log.splitlines() if "another rank was lost in" in line]
-    assert lost and all(line.endswith("a new start goes on from the newest checkpoint.") for line in lost)
+    begun = struck.log.count("another rank was lost in")
+    whole = re.findall(r"another rank was lost in .*?a new start goes on from the newest checkpoint\.", struck.log)
+    assert begun == len(whole) > 0  # others may write behind it in the same line
 
 
 def test_the_last_checkpoint_is_that_of_a_run_left_alone(struck: Struck) -> None:
