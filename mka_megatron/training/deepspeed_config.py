@@ -57,6 +57,8 @@ _FIXED = {
     "zero_optimization.compute_grad_norm": "the guard of training.max_bad_steps needs it on",
     "zero_optimization.elastic_checkpoint": "a checkpoint goes on in another topology without it",
 }
+# Of the free ones, those by which a ZeRO stage orders or groups a rank's states, in memory and in its files.
+_CUTS = {"zero_optimization.round_robin_gradients": (1, 2), "zero_optimization.sub_group_size": (3,)}
 
 
 def accumulation_steps(config: Config, data_parallel: int) -> int:
@@ -89,6 +91,13 @@ def build(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any]:
 def clips_itself(config: Config) -> bool:
     """Whether DeepSpeed leaves clipping and the non-finite check to the engine (stage 0 in fp32)."""
     return config.engine.zero_stage == 0 and config.training.precision == "fp32"
+
+
+def cuts(config: Config) -> dict[str, Any]:
+    """What the user's JSON says of how a rank's states lie in its files; None where it leaves that as it is."""
+    user = {} if config.engine.deepspeed_config is None else _read(config.engine.deepspeed_config)
+    values = {key: _lookup(user, key) if config.engine.zero_stage in stages else None for key, stages in _CUTS.items()}
+    return {key: None if value in (False, "auto") else value for key, value in values.items()}
 
 
 def requested_stage(path: str) -> int | None:

@@ -122,6 +122,7 @@ class Engine:
         deepspeed_logger.setLevel(logging.WARNING)
         optimizer = build_optimizer(config, model, topology.device)
         self.optimizer_name = type(optimizer).__name__
+        self.cuts = deepspeed_config.cuts(config)
         self.deepspeed = _initialize(config, model, optimizer, topology)
         self.averaged_over = topology.dp_size
         if config.engine.zero_stage == 3 and self.deepspeed.zero_reduce_scatter():

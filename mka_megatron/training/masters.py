@@ -50,9 +50,9 @@ def masters(engine: Any) -> Iterator[Master]:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return _partitioned(optimizer, names)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return _intervals(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, names)
+        return _intervals(optimizer, names)
     if isinstance(optimizer, BF16_Optimizer):
-        return _intervals(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, names)
+        return _mapped(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, names)
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         return _copies(optimizer, names)
     return (Master(parameter, [Slot(names[parameter], 0, parameter.numel(), 0)])
@@ -99,7 +99,21 @@ def _partitioned(optimizer: DeepSpeedZeroOptimizer_Stage3, names: dict[Tensor, s
             optimizer._optimizer_states_and_gradient_swap_out(index)
 
 
-def _intervals(flats: list[Tensor], groups: list[list[Tensor]], names: dict[Tensor, str]) -> Iterator[Master]:
+def _intervals(optimizer: DeepSpeedZeroOptimizer, names: dict[Tensor, str]) -> Iterator[Master]:
+    # not by _hp_mapping, which takes round_robin_gradients for the model's order
+    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        begin = dist.get_rank(optimizer.real_dp_process_group[index]) * flat.numel()
+        slots = []
+        for parameter, first in zip(
+            optimizer.round_robin_bit16_groups[index], optimizer.round_robin_bit16_offsets[index], strict=True
+        ):
+            low, high = max(first, begin), min(first + parameter.numel(), begin + flat.numel())
+            if low < high:
+                slots.append(Slot(names[parameter], low - first, high - low, low - begin))
+        yield Master(flat, slots)
+
+
+def _mapped(flats: list[Tensor], groups: list[list[Tensor]], names: dict[Tensor, str]) -> Iterator[Master]:
     for flat, group in zip(flats, groups, strict=True):
         slots = []
         for parameter in group:

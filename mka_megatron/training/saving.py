@@ -153,6 +153,7 @@ def layout(engine: Engine) -> dict[str, Any]:
         "engine.offload_param": config.engine.offload_param,
         "training.precision": config.training.precision,
         "optimizer": engine.optimizer_name,
+        **engine.cuts,
     }
 
 

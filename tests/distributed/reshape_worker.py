@@ -50,6 +50,12 @@ TURNS = {
     "cp2 zero0 to tp2 zero3": ([*STAGES["zero0"], *LAYOUTS["cp2"]], [*STAGES["zero3"], *LAYOUTS["tp2"]]),
     "tp2 block zero2 to dp2 zero2": ([*STAGES["zero2"], *BLOCK, *LAYOUTS["tp2"]], [*STAGES["zero2"], *BLOCK]),
 }
+# the same with keys of zero_optimization in a DeepSpeed JSON
+TUNED = {
+    "zero2 to round robin": ("zero2", {}, {"round_robin_gradients": True}),
+    "zero1 from round robin": ("zero1", {"round_robin_gradients": True}, {}),
+    "zero3 to other sub-groups": ("zero3", {"sub_group_size": 60000}, {"sub_group_size": 40000}),
+}
 BEFORE, AFTER = 3, 3  # steps
 LOSS_SCALE = {"fp16": {"loss_scale_window": 2, "hysteresis": 2, "initial_scale_power": 18}}
 
@@ -102,6 +108,14 @@ def resumed(case: list[str], folder: Path, again: Path | None = None) -> dict:
     found = {"state": state, "step": engine.step, "said": said, "scale": scale, "losses": losses(engine, AFTER)}
     engine.close()
     return found
+
+
+def tuned(keys: dict, path: Path) -> str:
+    """The override for a DeepSpeed JSON with `keys` of zero_optimization, which all ranks write alike."""
+    partial = path.with_suffix(f".{dist.get_rank()}")
+    partial.write_text(json.dumps({"zero_optimization": keys}))
+    partial.replace(path)
+    return f"engine.deepspeed_config={path}"
 
 
 def refused(case: list[str], folder: Path) -> str:
@@ -192,6 +206,9 @@ def main(phase: str, directory: Path, with_nvme: bool) -> None:
         for name, (one, other) in TURNS.items():
             record(f"straight {name}", written(one, directory / name))
             record(f"turned {name}", resumed(other, directory / name))
+        for name, (stage, one, other) in TUNED.items():
+            record(f"straight {name}", written([*STAGES[stage], tuned(one, directory / f"{name} 1.json")], directory / name))
+            record(f"turned {name}", resumed([*STAGES[stage], tuned(other, directory / f"{name} 2.json")], directory / name))
         mla = [*STAGES["zero1"], "model.qk_norm=false", "attention.variant=mla"]
         record("second mla", resumed(mla, directory / "mla"))
         record("refused mla", refused([*mla, *LAYOUTS["tp2"]], directory / "mla"))

@@ -24,7 +24,7 @@ from mka_megatron.training.checkpoint import Checkpoint, CheckpointError
 
 def engine(config: Config, world_size: int = 2, optimizer: str = "AdamW") -> Any:
     topology = SimpleNamespace(world_size=world_size, tp_size=1, cp_size=1, dp_size=world_size)
-    return SimpleNamespace(config=config, topology=topology, optimizer_name=optimizer, segments=None)
+    return SimpleNamespace(config=config, topology=topology, optimizer_name=optimizer, segments=None, cuts={})
 
 
 def written_by(writer: Any) -> Checkpoint:

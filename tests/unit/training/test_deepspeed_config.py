@@ -19,7 +19,7 @@ from mka_megatron.config.schema import (
     ParallelConfig,
     TrainingConfig,
 )
-from mka_megatron.training.deepspeed_config import accumulation_steps, build
+from mka_megatron.training.deepspeed_config import accumulation_steps, build, cuts
 
 TRAINING = TrainingConfig(micro_batch_size=2, global_batch_size=16, clip_grad=0.7)
 
@@ -168,6 +168,17 @@ def test_accepted_sections_are_in_order(tmp_path: Path) -> None:
         build(with_file(tmp_path, {"x": 1}), 4, on_cuda=False)
     listed = str(refusal.value).split("accepted sections: ")[1].rstrip(").").split(", ")
     assert all(a < b for a, b in pairwise(listed))
+
+
+def test_what_lays_the_states_out_is_read_where_the_stage_does(tmp_path: Path) -> None:
+    user = {"zero_optimization": {"round_robin_gradients": True, "sub_group_size": 5000}}
+    robin, size = "zero_optimization.round_robin_gradients", "zero_optimization.sub_group_size"
+    assert cuts(with_file(tmp_path, user, zero_stage=2)) == {robin: True, size: None}
+    assert cuts(with_file(tmp_path, user, zero_stage=3)) == {robin: None, size: 5000}
+    plain = {"zero_optimization": {"round_robin_gradients": False, "sub_group_size": "auto"}}
+    for stage in (0, 1, 3):
+        assert set(cuts(with_file(tmp_path, plain, zero_stage=stage)).values()) == {None}
+    assert set(cuts(config()).values()) == {None}
 
 
 def test_the_users_nvme_path_may_repeat_ours(tmp_path: Path) -> None:
