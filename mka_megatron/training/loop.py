@@ -334,9 +334,10 @@ class Run:
             title = f"{self.config.attention.variant}, {self.output_dir}"
             self.monitor.finish(title, rows(summary, self.config))
             if signalled is not None:
+                again = "" if self.config.training.resume == "auto" else " with training.resume=auto"
                 self.monitor.say(
                     f"interrupted by {signalled.name} at step {summary.step}, "
-                    f"saved {self.checkpoint}; the same command resumes it"
+                    f"saved {self.checkpoint}; the same command{again} resumes it"
                 )
         return summary
 

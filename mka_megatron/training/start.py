@@ -15,6 +15,7 @@ from mka_megatron.config.schema import TrainingConfig
 from mka_megatron.parallel.groups import Topology
 from mka_megatron.training import checkpoint
 from mka_megatron.training.engine import Engine
+from mka_megatron.training.saving import PREFIX
 
 _PREPARATION_LIMIT = timedelta(days=2)
 
@@ -42,13 +43,9 @@ def check_output(training: TrainingConfig) -> None:
     if training.resume == "auto":
         return
     present = Path(training.output_dir, "checkpoints")
-    chosen = Path(training.resume)
-    if training.resume == "none":
-        later = list(present.glob("step-*"))
-    elif chosen.resolve().parent == present.resolve():
-        later = [path for path in present.glob("step-*") if path.name > chosen.name]
-    else:
-        later = []
+    chosen = Path(training.resume).resolve().name
+    begun = chosen if chosen.startswith(PREFIX) else ""  # none, or a copy that does not tell its step
+    later = [path for path in present.glob(f"{PREFIX}*") if path.name > begun]  # the next save would remove them
     if later:
         raise refuse(
             "training.resume",

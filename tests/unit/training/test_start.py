@@ -36,6 +36,19 @@ def test_going_back_does_not_leave_later_checkpoints_behind(tmp_path) -> None:
         start(8)
 
 
+def test_another_runs_checkpoint_does_not_begin_over_later_ones(tmp_path) -> None:
+    """The next save would remove them: those that this very command wrote before it was interrupted, too."""
+    (tmp_path / "run" / "checkpoints" / "step-00000012").mkdir(parents=True)
+
+    def start(path: str) -> None:
+        check_output(TrainingConfig(output_dir=str(tmp_path / "run"), resume=str(tmp_path / path)))
+
+    start("other/checkpoints/step-00000012")
+    for path in ("other/checkpoints/step-00000008", "kept/best"):
+        with pytest.raises(ConfigError, match=r"^training\.resume is .*: .* holds later checkpoints, .* move step-00000012 .*\.$"):
+            start(path)
+
+
 def test_an_output_directory_that_cannot_be(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^training\.output_dir is .*file/run: it cannot be created .*\.$"):
