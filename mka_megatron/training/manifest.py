@@ -52,7 +52,7 @@ def verify(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: on every rank, naming the folder and the first thing wrong.
     """
-    body = _read(folder)
+    body = _shared(folder)
     files = sorted(body["files"].items())
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     first = len(files) * len(_REASONS)
@@ -77,8 +77,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _shared(folder: Path) -> dict[str, Any]:
+    """The manifest's body as rank 0 reads it: a rank that saw another would go on from another checkpoint."""
+    outcome: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = [_read(folder), None]
+        except CheckpointError as error:
+            outcome = [None, str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    body, problem = outcome
+    if problem is not None:
+        raise CheckpointError(problem)
+    return body
+
+
 def _read(folder: Path) -> dict[str, Any]:
-    """The manifest's body; every rank reads the same file, so every rank raises or none."""
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
         body = content["body"]

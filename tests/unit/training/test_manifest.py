@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,35 @@ def test_a_manifest_of_another_format_is_refused(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     with pytest.raises(CheckpointError, match="manifest format 2, not 1"):
         manifest.verify(folder)
+
+
+_RANK = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from mka_megatron.training import checkpoint, manifest
+rank, output = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{output}/store", rank=rank, world_size=2)
+read_text = Path.read_text
+def stale(path, **options):
+    if rank == int(sys.argv[3]) and path.parent.name == "step-00000002":
+        raise OSError("stale file handle")
+    return read_text(path, **options)
+Path.read_text = stale
+print(checkpoint.newest_intact(output).path.name)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("blind", "found"), [(0, "step-00000001"), (1, "step-00000002")])
+def test_all_ranks_go_on_from_the_same_checkpoint(tmp_path: Path, blind: int, found: str) -> None:
+    """Also where one of them, on another machine, does not see a manifest: rank 0's counts."""
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        manifest.write(folder, {"step": step, "files": {}})
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(tmp_path), str(blind)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [found] * 2
