@@ -56,7 +56,8 @@ class Watchdog:
         self._rank, self._world_size, self._limit = rank, world_size, limit
         self._period = min(limit / 20, _LONGEST_PERIOD)
         self._beat = self._progress = self._place = 0
-        self.doing, self._at = "starting", time.monotonic()
+        self._clock = self._at = 0.0  # seconds that this thread has seen pass, and when the main thread got on by them
+        self.doing = "starting"
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -84,7 +85,8 @@ class Watchdog:
 
     def note_alone(self, doing: str) -> None:
         """The same for what the others wait for."""
-        self.doing, self._at, self._progress = doing, time.monotonic(), self._progress + 1
+        # the clock is up to a period behind
+        self.doing, self._at, self._progress = doing, self._clock + self._period, self._progress + 1
 
     def over(self, items: Iterable[T], doing: str) -> Iterator[T]:
         """`items`, each of them noted."""
@@ -97,10 +99,12 @@ class Watchdog:
         progressed = 0.0
         first: dict[int, Beat] = {}
         last: dict[int, Beat] = {}
+        ticked = time.monotonic()
         while not self._ended.wait(self._period):
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
                 self._tell()
-            now = time.monotonic()
+            passed, ticked = time.monotonic() - ticked, time.monotonic()
+            now = self._clock = self._clock + min(passed, self._limit / 10)  # more: the process itself was stopped
             if now - self._at < self._limit / 10:
                 since = None
                 continue
@@ -110,7 +114,7 @@ class Watchdog:
             if any(beat.progress != last[rank].progress for rank, beat in beats.items() if rank in last):
                 progressed = now
             last = beats
-            if (self._folder / _MARKER).exists() or min(now - self._at, now - progressed) >= self._limit:
+            if os.path.exists(self._folder / _MARKER) or min(now - self._at, now - progressed) >= self._limit:
                 known = first if now - since > self._limit / 2 else {}
                 self._end({rank for rank, beat in beats.items() if rank in known and beat.beat == known[rank].beat}, beats)
 
@@ -136,23 +140,29 @@ class Watchdog:
         return found
 
     def _end(self, silent: set[int], beats: dict[int, Beat]) -> None:
-        """Write the stack traces, let the others do the same, and end the process."""
+        """Write the stack traces, let the others do the same, and end the process, whatever else fails."""
+        try:
+            self._leave_traces()
+            if not set(range(self._rank)) & set(beats) - silent:  # the first rank that can, for all
+                print(self._sentence(silent, beats), file=sys.stderr, flush=True)
+            self._ended.wait(2 * self._period + 1)
+            for rank in silent:  # torchrun would wait for them before it starts the ranks anew
+                if beats[rank].host == socket.gethostname() and _parent(beats[rank].pid) == os.getppid():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(beats[rank].pid, signal.SIGKILL)
+        finally:
+            os._exit(1)
+
+    def _leave_traces(self) -> None:
         try:
             self._hangs.mkdir(exist_ok=True)
             path = self._hangs / f"rank-{self._rank:05d}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
             with open(path, "w") as file:
-                print(f"rank {self._rank}, in {self.doing} for {time.monotonic() - self._at:.0f} s", file=file, flush=True)
+                print(f"rank {self._rank}, in {self.doing} for {self._clock - self._at:.0f} s", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
             (self._folder / _MARKER).touch()
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        if not set(range(self._rank)) & set(beats) - silent:  # the first rank that can, for all
-            print(self._sentence(silent, beats), file=sys.stderr, flush=True)
-        self._ended.wait(2 * self._period + 1)
-        for rank in silent:  # torchrun would wait for them before it starts the ranks anew
-            if beats[rank].host == socket.gethostname() and _parent(beats[rank].pid) == os.getppid():
-                os.kill(beats[rank].pid, signal.SIGKILL)
-        os._exit(1)
 
     def _sentence(self, silent: set[int], beats: dict[int, Beat]) -> str:
         doing: dict[str, list[str]] = {}

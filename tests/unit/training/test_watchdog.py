@@ -15,7 +15,7 @@ from tests.helpers.launch import ROOT
 
 LIMIT = 3.0
 RANK = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from mka_megatron.training.watchdog import Watchdog
 
@@ -28,11 +28,21 @@ def steps(rank):
     path = folder / f"steps-{rank}"
     return path.stat().st_size if path.exists() else 0
 
+def stat(path, *arguments, stat=os.stat, **options):
+    if str(path) == str(folder / "ranks" / "hang"):
+        raise OSError(5, "Input/output error")
+    return stat(path, *arguments, **options)
+
+if (folder / "sick").exists():
+    os.stat = stat
+
 with Watchdog(folder, rank, ranks, limit) as watchdog:
     for step in range(1, 10 ** 6):
         watchdog.note(f"the reading of the batch of step {step}")
         if (folder / f"block-{rank}").exists():
             waits_for_a_disk()
+        while (folder / f"slow-{rank}").exists():
+            time.sleep(0.01)
         while (folder / f"alone-{rank}").exists():
             watchdog.note_alone("the tokenising of a text")
             time.sleep(0.01)
@@ -81,6 +91,8 @@ class Ranks:
 
 @pytest.fixture(params=[3])
 def ranks(tmp_path: Path, request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    for name in getattr(request.function, "before", ()):
+        (tmp_path / name).touch()
     started = Ranks(tmp_path, request.param)
     yield started
     for process in started.processes:
@@ -132,3 +144,41 @@ def test_progress_of_one_rank_keeps_the_others_waiting(ranks: Ranks) -> None:
     assert codes == [0, 0, 0] and printed == ["", "", ""]
     assert not (ranks.folder / "hangs").exists()
     assert not [path for path in (ranks.folder / "ranks").iterdir() if not path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("ranks", [1], indirect=True)
+def test_it_ends_though_nobody_hears_why(ranks: Ranks) -> None:
+    """As when the log is on a full disk, or the pipe to it is closed."""
+    [process] = ranks.processes
+    process.stderr.close()
+    process.stderr = None
+    ranks.set("block-0")
+    assert process.wait(60) == 1
+    assert "waits_for_a_disk" in ranks.stacks()[0]
+
+
+@pytest.mark.parametrize("ranks", [1], indirect=True)
+def test_a_folder_that_cannot_be_asked_does_not_end_the_watch(ranks: Ranks) -> None:
+    ranks.set("block-0")
+    codes, printed = ranks.ends()
+    assert codes == [1]
+    assert "rank 0 in the reading of the batch" in printed[0]
+
+
+test_a_folder_that_cannot_be_asked_does_not_end_the_watch.before = ["sick"]  # type: ignore[attr-defined]
+
+
+def test_a_run_that_was_stopped_as_a_whole_goes_on(ranks: Ranks) -> None:
+    """As by Ctrl-Z or a job that is suspended, in a pass that takes half of the limit."""
+    ranks.set("slow-0")
+    time.sleep(LIMIT / 2)
+    for process in ranks.processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5 * LIMIT)
+    for process in ranks.processes:
+        process.send_signal(signal.SIGCONT)
+    time.sleep(LIMIT / 6)
+    ranks.set("end")
+    (ranks.folder / "slow-0").unlink()
+    codes, printed = ranks.ends()
+    assert codes == [0, 0, 0] and printed == ["", "", ""]
