@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
 from mka_megatron.config.variants import block_core, effective_kv_heads, fuses
+from mka_megatron.planning.steps import Layout, tiled
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32, _FP64 = 4, 8
@@ -48,12 +49,12 @@ class LayerBytes:
         return self.norms + self.mlp + self.projections + self.out
 
 
-def layer_bytes(config: Config, tensor: int, device: str) -> LayerBytes:
-    """Of one layer on one of `tensor` ranks on a "cuda" or "cpu" device."""
-    model, width, cuda = config.model, WIDTHS[config.training.precision], device == "cuda"
+def layer_bytes(config: Config, layout: Layout, device: str) -> LayerBytes:
+    """Of one layer on one rank, on a "cuda" or "cpu" device."""
+    tensor, model, width, cuda = layout.tensor, config.model, WIDTHS[config.training.precision], device == "cuda"
     share = tensor if config.parallel.sequence_parallel else 1
     norm = _norm(width, cuda) * model.hidden_size / share
-    mlp = 0.0 if config.training.mlp_tile is not None else 3 * model.ffn_hidden_size / tensor * width
+    mlp = 0.0 if tiled(config, layout, config.training.mlp_tile) else 3 * model.ffn_hidden_size / tensor * width
     latent = VARIANTS[config.attention.variant].projection == "latent"
     parts = (_latent if latent else _grouped)(config, tensor, width, cuda)
     return LayerBytes(

@@ -13,7 +13,14 @@ from mka_megatron.config.schema import Config
 from mka_megatron.planning.cluster import Cluster
 from mka_megatron.planning.flops import model_flops
 from mka_megatron.planning.parameters import rank_parameters
-from mka_megatron.planning.steps import Layout, passes, segments_per_step, slots_per_pass, tokens_per_step
+from mka_megatron.planning.steps import (
+    Layout,
+    passes,
+    segments_per_step,
+    slots_per_pass,
+    tiled,
+    tokens_per_step,
+)
 from mka_megatron.planning.traffic import Flow, Group
 
 UTILISATION = 0.4
@@ -65,21 +72,21 @@ def work(config: Config, layout: Layout, vocab_size: int) -> Work:
     pairs = int(rows * share * row_pairs)
     last = row_pairs - flops.pairs([(0, 0, length - length // layout.context)])
     heaviest = int(rows * share * last) * layout.context
-    again = _recomputed(config, vocab_size, tokens, pairs)
-    most = flops.training(tokens, heaviest) + _recomputed(config, vocab_size, tokens, heaviest)
+    again = _recomputed(config, layout, vocab_size, tokens, pairs)
+    most = flops.training(tokens, heaviest) + _recomputed(config, layout, vocab_size, tokens, heaviest)
     return Work(tokens, pairs, flops.training(tokens, pairs), again,
                 most / (layout.tensor * layout.context * layout.data))
 
 
-def _recomputed(config: Config, vocab_size: int, tokens: int, pairs: int) -> int:
+def _recomputed(config: Config, layout: Layout, vocab_size: int, tokens: int, pairs: int) -> int:
     """FLOPs of the forward pass that run a second time (the tiles of an MLP under full recomputation: a third)."""
     model, training, flops = config.model, config.training, model_flops(config, vocab_size)
     output = 2 * model.hidden_size * vocab_size
     again = {"none": 0, "selective": pairs * flops.per_pair,
              "full": tokens * (flops.per_token - output) + pairs * flops.per_pair}[training.recompute]
-    if training.mlp_tile is not None:
+    if tiled(config, layout, training.mlp_tile):
         again += tokens * 2 * 3 * model.hidden_size * model.ffn_hidden_size * model.num_layers
-    if training.logits_tile is not None:
+    if tiled(config, layout, training.logits_tile):
         again += tokens * output
     return again
 

@@ -17,7 +17,7 @@ from mka_megatron.planning import host, sharded_states, states
 from mka_megatron.planning.activations import WIDTHS, layer_bytes
 from mka_megatron.planning.parameters import padded_vocabulary, rank_parameters
 from mka_megatron.planning.states import Moment, Run, Term
-from mka_megatron.planning.steps import Layout, passes
+from mka_megatron.planning.steps import Layout, passes, tiled, tokens_per_pass, tokens_per_tile
 
 Device = Literal["cuda", "cpu"]
 
@@ -69,7 +69,7 @@ def node_memory(
     """
     run = _run(config, layout, device)
     parameters = rank_parameters(config, vocab_size, layout.tensor)
-    dram, ssd = host.of_rank(config, run, parameters, _tokens(config, layout), layout.tensor)
+    dram, ssd = host.of_rank(config, run, parameters, tokens_per_pass(config, layout), layout.tensor)
 
     def of_node(of_rank: list[tuple[str, Term]]) -> tuple[Part, ...]:
         return tuple(Part(name, ranks_per_node * term.bytes, f"{ranks_per_node} ranks x ({term.words})") for name, term in of_rank)
@@ -112,19 +112,13 @@ def _parts(config: Config, layout: Layout, vocab_size: int, device: Device, mome
     return tuple(Part(name, term.bytes, term.words) for name, term in named)
 
 
-def _tokens(config: Config, layout: Layout) -> int:
-    """Slots of a rank's forward pass."""
-    length = config.training.segment_length or config.data.sequence_length
-    return config.training.micro_batch_size * length // layout.context
-
-
 def _kept(config: Config, layout: Layout, device: Device, moment: Moment) -> Term:
     """Activations that wait for their backward pass."""
     graph = moment.graph
     if graph == "gone":
         return Term(0, "none at this moment")
-    tokens, layers, recompute = _tokens(config, layout), config.model.num_layers, config.training.recompute
-    layer = layer_bytes(config, layout.tensor, device)
+    tokens, layers, recompute = tokens_per_pass(config, layout), config.model.num_layers, config.training.recompute
+    layer = layer_bytes(config, layout, device)
     each = {"none": layer.whole, "selective": layer.selective, "full": layer.boundary}[recompute]
     again = layer.whole - each if graph != "loss" else 0.0
     share = layout.tensor if config.parallel.sequence_parallel else 1
@@ -143,7 +137,7 @@ def _keys_and_values(config: Config, layout: Layout, device: Device, graph: str)
     channels = 2 * max(1, effective_kv_heads(config.attention.variant, model) // layout.tensor) * model.head_dim
     rows, layers = training.micro_batch_size, model.num_layers
     at_once = layers if graph in ("loss", "whole") and training.recompute == "none" else 0 if graph == "gone" else 1
-    slots = _tokens(config, layout) // rows
+    slots = tokens_per_pass(config, layout) // rows
     chunk, window = memory.l1.chunk_size, memory.l1.window or 0
     found = []
     if layout.context > 1:
@@ -171,8 +165,7 @@ def _keys_and_values(config: Config, layout: Layout, device: Device, graph: str)
 def _logits(config: Config, layout: Layout, vocab_size: int) -> Term:
     """Logits, their log-softmax and both gradients (one op), or in place over a split vocabulary."""
     entries = padded_vocabulary(config, vocab_size) // layout.tensor
-    tokens = _tokens(config, layout)
-    at_once = tokens if config.training.logits_tile is None else min(tokens, config.training.logits_tile)
+    at_once = tokens_per_tile(config, layout, config.training.logits_tile)
     if layout.tensor == 1:
         each, words = 3 * _FP32, "log-softmax, its gradient and the logits' in fp32"
     else:
@@ -182,7 +175,7 @@ def _logits(config: Config, layout: Layout, vocab_size: int) -> Term:
 
 def _standing(config: Config, layout: Layout) -> tuple[Term, ...]:
     """Buffers that stay from the first step on."""
-    model, tokens = config.model, _tokens(config, layout)
+    model, tokens = config.model, tokens_per_pass(config, layout)
     latent = VARIANTS[config.attention.variant].projection == "latent"
     channels = config.attention.mla.qk_rope_head_dim if latent else model.head_dim
     positions = model.max_position_embeddings + tokens
@@ -196,10 +189,10 @@ def _standing(config: Config, layout: Layout) -> tuple[Term, ...]:
 def _working(config: Config, layout: Layout, device: Device) -> Term:
     """What a layer's backward pass needs beside what was kept: the MLP's part or the attention's, whichever is more."""
     training, model, width = config.training, config.model, WIDTHS[config.training.precision]
-    tokens, ffn = _tokens(config, layout), model.ffn_hidden_size // layout.tensor
-    at_once = tokens if training.mlp_tile is None else min(tokens, training.mlp_tile)
+    tokens, ffn = tokens_per_pass(config, layout), model.ffn_hidden_size // layout.tensor
+    at_once = tokens_per_tile(config, layout, training.mlp_tile)
     # gradients of the activated and of both halves (a CPU's SwiGLU has a product besides); a tile has its activations too
-    widths = (3 if device == "cuda" else 4) + 3 * (training.mlp_tile is not None)
+    widths = (3 if device == "cuda" else 4) + 3 * tiled(config, layout, training.mlp_tile)
     mlp = Term(at_once * widths * ffn * width, f"{at_once:,} tokens x {widths} x {ffn:,} MLP channels x {width} B")
     heads = model.num_attention_heads / layout.tensor
     groups = max(1.0, effective_kv_heads(config.attention.variant, model) / layout.tensor)

@@ -8,6 +8,7 @@ from mka_megatron.planning.cluster import GIB
 from mka_megatron.planning.compute import LINK_SHARE, link
 from mka_megatron.planning.memory import Part
 from mka_megatron.planning.plan import Plan, gib
+from mka_megatron.planning.steps import tiled
 from mka_megatron.planning.topologies import Overrides, cheapest_change, pasted
 
 _DAY = 86_400
@@ -164,10 +165,10 @@ def _memory(name: str, parts: tuple[Part, ...], have: int | None, reserve: int) 
 
 
 def _recomputed(plan: Plan) -> str:
-    training = plan.config.training
+    config, layout, training = plan.config, plan.layout, plan.config.training
     said = {"none": [], "selective": ["the attention products"], "full": ["the layers' forward"]}[training.recompute]
-    said += ["the MLPs' forward (tiles)"] if training.mlp_tile is not None else []
-    said += ["the output layer (tiles)"] if training.logits_tile is not None else []
+    said += ["the MLPs' forward (tiles)"] if tiled(config, layout, training.mlp_tile) else []
+    said += ["the output layer (tiles)"] if tiled(config, layout, training.logits_tile) else []
     return " + ".join(said) or "nothing"
 
 

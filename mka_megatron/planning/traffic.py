@@ -16,7 +16,7 @@ from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
 from mka_megatron.planning.context_traffic import layer_traffic
 from mka_megatron.planning.parameters import Parameter, rank_parameters
-from mka_megatron.planning.steps import Layout, passes, slots_per_pass
+from mka_megatron.planning.steps import Layout, passes, tiled, tokens_per_pass
 
 Group = Literal["tensor", "context", "data"]
 Kind = Literal["all-reduce", "gather", "scatter"]
@@ -64,10 +64,10 @@ def _tensor(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
     ranks, steps = layout.tensor, passes(config, layout)
     if ranks == 1:
         return
-    tokens = config.training.micro_batch_size * slots_per_pass(config) // layout.context
+    tokens = tokens_per_pass(config, layout)
     groups = {
-        "activations of the layers": [*_columns(config), *_rows(config), *_shared_heads(config, ranks)],
-        "embedding, output layer, loss": _ends(config),
+        "activations of the layers": [*_columns(config, layout), *_rows(config), *_shared_heads(config, ranks)],
+        "embedding, output layer, loss": _ends(config, layout),
         "gates": _gates(config),
     }
     for what, calls in groups.items():
@@ -85,7 +85,7 @@ def _tensor(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
                    f"{steps:,} passes x all-reduce of {partial:,} gradients over {ranks} ranks")
 
 
-def _columns(config: Config) -> list[_Call]:
+def _columns(config: Config, layout: Layout) -> list[_Call]:
     """Column-parallel linears of all layers: their input is equal on all ranks, or gathered from the sequence's shards."""
     model, mla, layers = config.model, config.attention.mla, config.model.num_layers
     forwards = 1 + (config.training.recompute == "full")
@@ -93,7 +93,7 @@ def _columns(config: Config) -> list[_Call]:
     if VARIANTS[config.attention.variant].projection == "latent":
         attention, keys = [mla.q_lora_rank or model.hidden_size, mla.kv_lora_rank], [mla.qk_rope_head_dim]
     calls = [call for width in attention for call in _column(config, width, layers, forwards)]
-    calls += _column(config, model.hidden_size, layers, forwards + (config.training.mlp_tile is not None))
+    calls += _column(config, model.hidden_size, layers, forwards + tiled(config, layout, config.training.mlp_tile))
     width = _WIDTH[config.training.precision]
     for channels in keys:  # the rotary key, gathered or copied without a linear
         if config.parallel.sequence_parallel:
@@ -131,10 +131,10 @@ def _shared_heads(config: Config, ranks: int) -> list[_Call]:
     return [_Call("gather", size, forwards * model.num_layers), _Call("scatter", size, model.num_layers)]
 
 
-def _ends(config: Config) -> list[_Call]:
+def _ends(config: Config, layout: Layout) -> list[_Call]:
     """Embedding (rows of the vocabulary are shared out), output layer, and three sums per token of the loss (fp32)."""
     size = config.model.hidden_size * _WIDTH[config.training.precision]
-    times = 1 + (config.training.logits_tile is not None)
+    times = 1 + tiled(config, layout, config.training.logits_tile)
     output = _column(config, config.model.hidden_size, 1, times)
     embedding = [_Call("all-reduce", size, 1)]
     if config.parallel.sequence_parallel:

@@ -11,6 +11,7 @@ from mka_megatron.config.load import load_config
 from mka_megatron.memory.documents import Documents
 from mka_megatron.model.build import build_model
 from mka_megatron.planning.activations import LayerBytes, layer_bytes
+from mka_megatron.planning.steps import Layout
 
 BATCH, SEQUENCE, VOCAB = 2, 128, 96
 SHAPE = ["model.hidden_size=48", "model.ffn_hidden_size=112", "model.num_attention_heads=6", "model.num_kv_heads=2",
@@ -36,6 +37,7 @@ CASES = {
     "fastmka, selective": ["training.recompute=selective"],
     "fastmka, full": ["training.recompute=full"],
     "gqa, MLP by tiles": ["attention.variant=gqa", "training.mlp_tile=64"],
+    "gqa, MLP in one tile": ["attention.variant=gqa", "training.mlp_tile=256"],
 }
 # statistics per head, indices of what is recalled, decays and small weights in fp32: nothing that grows with the model
 BOUND = 0.012
@@ -72,7 +74,7 @@ def planned(layer: LayerBytes, overrides: Sequence[str]) -> float:
 def test_a_layer_keeps_what_is_planned(case: str, topology) -> None:
     overrides = CASES[case]
     measured = (saved(overrides, 3, topology) - saved(overrides, 1, topology)) / 2 / (BATCH * SEQUENCE)
-    layer = layer_bytes(load_config([], [*SHAPE, *overrides]), 1, "cpu")
+    layer = layer_bytes(load_config([], [*SHAPE, *overrides]), Layout(1, 1, 1), "cpu")
     assert planned(layer, overrides) == pytest.approx(measured, rel=BOUND)
 
 
@@ -84,7 +86,7 @@ def test_tensor_and_sequence_parallel_ranks_share_a_layer() -> None:
     outside = 2 * (2 * 48 * 2 + 4) + 3 * 56 * 2 + (48 + 2 * 16) * 2
     # rotated queries, keys, outputs, logsumexps, rotary tables in bf16 for both
     core = 48 * 2 + 16 * 2 + 48 * 2 + 3 * 4 + 2 * 16 * 4
-    assert layer_bytes(config, 2, "cuda").whole == outside + core
+    assert layer_bytes(config, Layout(2, 1, 1), "cuda").whole == outside + core
     shared = load_config([], [*SHAPE, *half, "parallel.sequence_parallel=true"], world_size=2)
-    assert layer_bytes(shared, 2, "cuda").whole == outside + core - (2 * 48 * 2 + 4)
-    assert layer_bytes(shared, 2, "cuda").boundary == 48
+    assert layer_bytes(shared, Layout(2, 1, 1), "cuda").whole == outside + core - (2 * 48 * 2 + 4)
+    assert layer_bytes(shared, Layout(2, 1, 1), "cuda").boundary == 48

@@ -39,6 +39,7 @@ def test_flops_of_the_heaviest_rank() -> None:
         (["training.recompute=selective"], 2 * 2 * 2 * 64 * 8 * 36),
         (["training.recompute=full"], 64 * 2 * 2 * LAYER + 2 * 2 * 2 * 64 * 8 * 36),
         (["training.mlp_tile=4", "training.logits_tile=4"], 64 * 2 * (2 * 3 * 64 * 128 + OUTPUT)),
+        (["training.mlp_tile=16", "training.logits_tile=16"], 0),  # a rank's 16 tokens are one tile
     ],
 )
 def test_recomputation_is_no_work_of_the_model(overrides: list[str], again: int) -> None:

@@ -93,6 +93,7 @@ DRY = {
     "gqa, sequence parallel": [*GQA, *TP, *SP, "model.qk_norm=true"],
     "gqa, recomputed tiles": [*GQA, *TP, *SP, *FULL, *TILES],
     "gqa, tiles": [*GQA, *TP, *TILES],
+    "gqa, one tile of all": [*GQA, *TP, *SP, *FULL, "training.logits_tile=64", "training.mlp_tile=64"],
     "mqa, fp32": ["attention.variant=mqa", *TP, *FULL, "training.precision=fp32", "engine.zero_stage=2"],
     "mla": ["attention.variant=mla", *TP],
     "mla, sequence parallel": ["attention.variant=mla", *TP, *SP, *FULL, "attention.mla.q_lora_rank=32"],
