@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mka_megatron.config.schema import Config
+from mka_megatron.config.schema import Config, L3Config
 from mka_megatron.config.variants import recalls
 from mka_megatron.planning.activations import WIDTHS
 from mka_megatron.planning.parameters import Parameter
@@ -53,8 +53,19 @@ def of_rank(config: Config, run: Run, parameters: Sequence[Parameter], tokens: i
         pool = pages if budget is None else Term(min(pages.bytes, int(budget * _GIB)), f"at most {budget} GiB of {pages.words}")
         dram.append(("L3 pages", pool))
         if l3.placement == "ssd":
-            ssd.append(("L3 pages", pages))
+            ssd.append(("L3 pages", _spilled(pages, l3)))
     return dram, ssd
+
+
+def _spilled(pages: Term, l3: L3Config) -> Term:
+    """Of the pages, those that do not stay in the half of the DRAM pool that is never written (memory/tiers/paging.py)."""
+    if l3.when_full == "evict" and l3.ssd_pool_gib is None:
+        return Term(0, f"what is free, of {pages.words}: the oldest are forgotten")
+    kept = int((l3.dram_pool_gib or 0) * _GIB) // 2
+    spilled = Term(max(0, pages.bytes - kept), f"{pages.words}, less {kept:,} B that stay in DRAM")
+    if l3.ssd_pool_gib is None:
+        return spilled
+    return Term(min(spilled.bytes, int(l3.ssd_pool_gib * _GIB)), f"at most {l3.ssd_pool_gib} GiB of {spilled.words}")
 
 
 def _owned(run: Run, parameters: Sequence[Parameter]) -> int:

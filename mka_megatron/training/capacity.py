@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from mka_megatron.planning.cluster import CPU, GIB, Cluster, Gpu, gpu_by_name
 from mka_megatron.planning.plan import Plan, make_plan, vocabulary
 from mka_megatron.planning.report import refusal
 
+SWAPPED, SPILLED = "run-*", "mka-pages-*"
+"""What runs leave under engine.nvme_path (training/deepspeed_config.py) and ssd_spill_path (memory/tiers/ownership.py)."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_LEAST_VOCABULARY = 32_000
-"""Of a tokenizer that has not been read yet."""
+_LEAST_VOCABULARY = 256
+"""Of a tokenizer that has not been read yet: one of bytes."""
 
 
 def check_capacity(config: Config, environment: Mapping[str, str] = os.environ) -> None:
@@ -49,14 +52,12 @@ def check_capacity(config: Config, environment: Mapping[str, str] = os.environ) 
 def host_plan(config: Config, per_node: int, nodes: int) -> Plan:
     """The plan on `nodes` like this one, of `per_node` ranks each."""
     engine, memory = config.engine, config.memory_hierarchy
-    folders = {engine.nvme_path} if "nvme" in (engine.offload_optimizer, engine.offload_param) else set()
-    if memory.l3.placement == "ssd":
-        folders.add(memory.ssd_spill_path)
-    disks = {_existing(Path(folder)).stat().st_dev: Path(folder) for folder in folders if folder is not None}
-    cluster = Cluster(
-        _device(), per_node, nodes, memory_bytes(),
-        sum(map(disk_bytes, disks.values())) if disks else None, reserves=False,
-    )
+    folders: list[tuple[Path, str]] = []
+    if engine.nvme_path is not None and "nvme" in (engine.offload_optimizer, engine.offload_param):
+        folders.append((Path(engine.nvme_path), SWAPPED))
+    if memory.ssd_spill_path is not None and memory.l3.placement == "ssd":
+        folders.append((Path(memory.ssd_spill_path), SPILLED))
+    cluster = Cluster(_device(), per_node, nodes, memory_bytes(), disk_bytes(folders) if folders else None, reserves=False)
     vocab_size, assumed = vocabulary(config)
     if assumed and config.data.tokenizer is not None:
         vocab_size = _LEAST_VOCABULARY
@@ -72,19 +73,36 @@ def _device() -> Gpu:
     return replace(known, memory_gib=properties.total_memory / GIB)
 
 
-def memory_bytes() -> int:
-    """Of this host, or of the container where that has less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_bytes() -> int | None:
+    """Of this host, or of the container where that has less; None where the host does not say."""
+    found = []
+    with suppress(OSError, ValueError):  # a name that this system has not
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # no container, or "max"
+        found.append(int(_CGROUP_LIMIT.read_text()))
+    return min((size for size in found if size > 0), default=None)
+
+
+def disk_bytes(folders: Sequence[tuple[Path, str]]) -> int | None:
+    """Free for a run that writes to `folders`; None where it may not look.
+
+    Each comes with the pattern of what runs write there: what a run before has left is free too, for it is written over or
+    removed.
+    """
     try:
-        return min(total, int(_CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no container, or "max"
-        return total
+        left = sum(_size(file) for folder, pattern in folders for run in folder.glob(pattern) for file in run.rglob("*"))
+        places = {place.stat().st_dev: place for place in (_existing(folder) for folder, _ in folders)}
+        return left + sum(shutil.disk_usage(place).free for place in places.values())
+    except OSError:
+        return None
 
 
-def disk_bytes(folder: Path) -> int:
-    """Free for a run that writes to `folder`, what a run before has left there included: that is written over."""
-    left = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    return shutil.disk_usage(_existing(folder)).free + left
+def _size(file: Path) -> int:
+    """0 where another rank has just removed it."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _existing(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import (
@@ -30,7 +29,7 @@ ROTARY = (4096 + 8) * 16 * 2 * 4  # tables of all positions, and of the 8 slots 
 
 
 ONE = Layout(1, 1, 1)
-SPILLED = ["memory_hierarchy.ssd_spill_path=/tmp", "memory_hierarchy.l3.dram_pool_gib=1"]
+SPILLED = ["memory_hierarchy.l3.placement=ssd", "memory_hierarchy.ssd_spill_path=/tmp", "memory_hierarchy.l3.dram_pool_gib=0.0001"]
 
 
 def configured(*overrides: str, world: int = 1) -> Config:
@@ -142,18 +141,30 @@ def test_an_asynchronous_save_holds_a_copy_of_the_states() -> None:
     assert [(part.name, part.bytes) for part in dram] == [("asynchronous save", 4 * 12 * -(-P // 4) + 2 * P)]
 
 
-@pytest.mark.parametrize(("placement", "path", "sector"), [("dram", [], 64), ("ssd", SPILLED, 4096)])
-def test_pages_of_segments(placement: str, path: list[str], sector: int) -> None:
-    """256 slots in segments of 64: 32 chunks of 8 slots, 2 KV heads, 1 layer; 128 B before and 8 behind a 64-bit code,
-    8 slots and a mean of keys and values of 16 channels."""
+PAGES = 32 * 2
+"""256 slots in segments of 64: 32 chunks of 8 slots, 2 KV heads, 1 layer."""
+RECORD = 128 + 8 + 2 * (8 + 1) * 16 * 4 + 8
+"""128 B before and 8 behind a 64-bit code, 8 slots and a mean of keys and values of 16 channels."""
+
+
+def pages_of_segments(*overrides: str) -> tuple[list[int], list[int]]:
     segments = ["attention.variant=blockmka", "memory_hierarchy.l1.window=16", "memory_hierarchy.l3.enabled=true",
-                "data.pad_documents_to_chunks=true", "data.sequence_length=256", "training.segment_length=64",
-                f"memory_hierarchy.l3.placement={placement}", *path]  # fmt: skip
-    dram, ssd = node_memory(configured(*segments), Layout(1, 1, 1), VOCAB, 1, "cuda")
-    record = 128 + 8 + 2 * (8 + 1) * 16 * 4 + 8
-    size = 32 * 2 * -(-record // sector) * sector
-    assert [part.bytes for part in dram if part.name == "L3 pages"] == [size]
-    assert [part.bytes for part in ssd] == ([size] if placement == "ssd" else [])
+                "data.pad_documents_to_chunks=true", "data.sequence_length=256", "training.segment_length=64"]  # fmt: skip
+    dram, ssd = node_memory(configured(*segments, *overrides), Layout(1, 1, 1), VOCAB, 1, "cuda")
+    return [part.bytes for part in dram if part.name == "L3 pages"], [part.bytes for part in ssd]
+
+
+def test_pages_of_segments_in_dram() -> None:
+    assert pages_of_segments() == ([PAGES * -(-RECORD // 64) * 64], [])
+
+
+def test_pages_on_an_ssd_are_those_that_no_budget_keeps_away() -> None:
+    """Half of the DRAM pool is written behind; a limit on the files, or forgetting the oldest, takes less."""
+    pool, pages = int(0.0001 * (1 << 30)), PAGES * -(-RECORD // 4096) * 4096
+    assert pages_of_segments(*SPILLED) == ([pool], [pages - pool // 2])
+    assert pages_of_segments(*SPILLED, "memory_hierarchy.l3.dram_pool_gib=1") == ([pages], [0])
+    assert pages_of_segments(*SPILLED, "memory_hierarchy.l3.ssd_pool_gib=0.00005") == ([pool], [int(0.00005 * (1 << 30))])
+    assert pages_of_segments(*SPILLED, "memory_hierarchy.l3.when_full=evict") == ([pool], [0])
 
 
 def test_constants_are_those_of_the_engine_and_of_deepspeed() -> None:
@@ -176,6 +187,8 @@ def test_a_partition_touches_whole_parameters() -> None:
     assert touched(sized(10, 4, 6), 2) == 10
     assert touched(sized(9, 5, 6), 2) == 14
     assert touched(sized(20), 4) == 20
+    # as many shards as elements, and more than can be gone through one by one
+    assert touched(sized(10, 4, 6), 20) == touched(sized(10, 4, 6), 1 << 40) == 10
 
 
 def test_a_bucket_is_reduced_before_a_gradient_that_would_not_fit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 import sys
@@ -13,8 +14,9 @@ import torch
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.load import load_config
+from mka_megatron.memory.tiers import ownership
 from mka_megatron.training import __main__ as command
-from mka_megatron.training import capacity
+from mka_megatron.training import capacity, deepspeed_config
 
 TINY = "configs/run/tiny.yaml"
 HUGE = ["model.num_layers=1000", "model.hidden_size=8192", "model.ffn_hidden_size=65536"]  # 1.6e12 weights of MLPs
@@ -101,11 +103,44 @@ def test_a_gpu_has_what_it_reports(monkeypatch) -> None:
 
 
 def test_a_disk_is_free_where_an_earlier_run_left_its_files(tmp_path: Path, monkeypatch) -> None:
+    """Of a disk that several folders share the free space counts once, and what each has left; other files do not."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "pages").write_bytes(b"x" * 234)
-    assert capacity.disk_bytes(tmp_path) == 1234
-    assert capacity.disk_bytes(tmp_path / "not" / "there") == 1000
+    nvme, spill = tmp_path / "nvme", tmp_path / "spill"
+    for file, size in ((nvme / "run-0" / "swap" / "a", 200), (spill / "mka-pages-x-00000" / "segment-00000.pages", 30), (nvme / "other", 7)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * size)
+    assert capacity.disk_bytes([(nvme, "run-*")]) == 1200
+    assert capacity.disk_bytes([(nvme, "run-*"), (spill, "mka-pages-*")]) == 1230
+    assert capacity.disk_bytes([(tmp_path / "not" / "there", "run-*")]) == 1000
+
+
+def test_a_disk_that_cannot_be_read_is_not_checked(tmp_path: Path, monkeypatch) -> None:
+    def closed(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "disk_usage", closed)
+    config = load_config(TINY, ["engine.zero_stage=3", "engine.offload_optimizer=nvme", f"engine.nvme_path={tmp_path}"])
+    capacity.check_capacity(config, {})
+
+
+def test_files_of_pages_and_of_swapping_have_the_names_that_are_looked_for() -> None:
+    offloaded = ["engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/nvme"]
+    ours = deepspeed_config.build(load_config(TINY, offloaded), 1, False)
+    assert Path(ours["zero_optimization"]["offload_optimizer"]["nvme_path"]).match(f"/nvme/{capacity.SWAPPED}")
+    assert fnmatch.fnmatch("mka-pages-run-00000", capacity.SPILLED) and ownership._FOLDER.fullmatch("mka-pages-run-00000")
+
+
+@pytest.mark.parametrize("problem", [ValueError("unrecognized configuration name"), OSError(22, "Invalid argument")])
+def test_a_host_that_does_not_say_how_much_memory_it_has_is_not_checked(monkeypatch, problem: Exception, tmp_path: Path) -> None:
+    def silent(name: str) -> int:
+        raise problem
+
+    monkeypatch.setattr(capacity, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(os, "sysconf", silent)
+    assert capacity.memory_bytes() is None
+    capacity.check_capacity(load_config(TINY, HUGE), {})
+    monkeypatch.setattr(os, "sysconf", lambda name: -1 if name == "SC_PHYS_PAGES" else 4096)
+    assert capacity.memory_bytes() is None
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch) -> None:
