@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mka_megatron.attention.registry import VARIANTS
 from mka_megatron.config.schema import Config
@@ -29,6 +30,13 @@ class Parameter:
 
 def rank_parameters(config: Config, vocab_size: int, tensor: int) -> tuple[Parameter, ...]:
     """What a rank of `tensor` tensor-parallel ranks holds, in the model's order; `vocab_size` without padding."""
+    model = Config(model=config.model, attention=config.attention, routing=config.routing, memory_hierarchy=config.memory_hierarchy)
+    return _of_model(model, vocab_size, tensor)
+
+
+@lru_cache(maxsize=16)
+def _of_model(config: Config, vocab_size: int, tensor: int) -> tuple[Parameter, ...]:
+    """The same for one model under hundreds of layouts: asked for over and over."""
     return tuple(_parameters(config, vocab_size, tensor))
 
 

@@ -123,7 +123,7 @@ def _touched(group: Sequence[Parameter], shards: int) -> int:
     starts = [0, *ends[:-1]]
     size = -(-ends[-1] // shards)
     most = 0
-    for rank in range(min(shards, -(-ends[-1] // size))):
+    for rank in {start // size for start in starts}:  # another has a piece of one parameter, which one of these has too
         first = bisect_right(ends, rank * size)
         last = bisect_left(ends, min((rank + 1) * size, ends[-1]))
         most = max(most, ends[last] - starts[first])

@@ -5,6 +5,7 @@ Cheapest: the fewest GPU seconds per token (all GPUs of the cluster times the st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -83,7 +84,8 @@ def _nvme(config: Config, cluster: Cluster) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
+    low = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return sorted({*low, *(number // each for each in low)})
 
 
 def _tried(config: Config, overrides: Overrides, cluster: Cluster, vocab_size: int, utilisation: float) -> Plan | None:

@@ -5,6 +5,7 @@ python dry_traffic.py OUT.json CASES.json, the cases {name: overrides}.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ def sent(overrides: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # DeepSpeed collects garbage seven times a case: not through all that was imported
     with open(sys.argv[2]) as file:
         cases = json.load(file)
     results = {name: sent(overrides) for name, overrides in cases.items()}

@@ -104,6 +104,12 @@ def test_nothing_to_suggest(capsys, monkeypatch) -> None:
     assert said.startswith("No layout that is allowed fits on 1 x 1 l4;") and said.count("\n") == 1
 
 
+def test_the_largest_cluster_has_suggestions_in_seconds(capsys, monkeypatch) -> None:
+    """2^32 GPUs, of which no layout has work for all."""
+    code, _, said = run(capsys, monkeypatch, SEVEN, "--nodes", "65536", "--gpus-per-node", "65536", "--suggest")
+    assert code == 1 and said.startswith("No layout that is allowed fits on 65536 x 65536 h100-80g;")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
