@@ -9,6 +9,8 @@ no parameter whose rows tensor-parallel ranks interleave.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.schema import DataConfig
 from mka_megatron.training import loss_scale
 from mka_megatron.training.engine import Engine
 from mka_megatron.training.manifest import Checkpoint, CheckpointError
@@ -23,6 +26,10 @@ from mka_megatron.training.masters import MOMENTS, masters, set_state, settle
 from mka_megatron.training.resharded import Resharded
 
 _RANKS = ("parallel.tensor_parallel", "parallel.context_parallel", "parallel.data_parallel")
+_SAMPLES = (
+    "training.global_batch_size", "training.micro_batch_size", "training.seed",
+    *(f"data.{field.name}" for field in dataclasses.fields(DataConfig) if field.name not in ("cache_dir", "workers")),
+)
 _FIXED = ("training.precision", "training.segment_length", "training.segments_per_step")
 
 
@@ -35,14 +42,29 @@ def check(engine: Engine, checkpoint: Checkpoint, changes: dict[str, tuple[Any, 
                 f"checkpoint {checkpoint.path} was written with {key} {there}, but this run has {here}; set it back, or export "
                 "the checkpoint and start from that (model.init_from)."
             )
-    if engine.segments is not None and ranks_change(changes) and engine.segments.saved_position(checkpoint.path):
-        key = next(key for key in _RANKS if key in changes)
-        there, here = changes[key]
+    if engine.segments is None or not engine.segments.saved_position(checkpoint.path):
+        return
+    other, there, here = _first_other(engine, checkpoint, changes)
+    if other is not None:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} was written with {key} {there} in the middle of a sample "
-            f"(training.segments_per_step), but this run has {here}; resume in the layout that wrote it, or from a checkpoint "
-            "between two samples."
+            f"checkpoint {checkpoint.path} was written with {other} {there} in the middle of a sample "
+            f"(training.segments_per_step), but this run has {here}; set it back, or resume from a checkpoint between two samples."
         )
+
+
+def _first_other(engine: Engine, checkpoint: Checkpoint, changes: dict[str, tuple[Any, Any]]) -> tuple[str | None, Any, Any]:
+    """The first key that gives the samples in progress to other ranks or rows, or makes them others, and its two values."""
+    for key in _RANKS:
+        if key in changes:
+            return key, *changes[key]
+    # as a manifest has them
+    here: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(engine.config)))
+    for key in _SAMPLES:
+        section, name = key.split(".")
+        saved = checkpoint.body["config"].get(section, {})
+        if saved.get(name, here[section][name]) != here[section][name]:
+            return key, saved[name], here[section][name]
+    return None, None, None
 
 
 def ranks_change(changes: dict[str, tuple[Any, Any]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ import pytest
 from mka_megatron.config.schema import (
     AttentionConfig,
     Config,
+    DataConfig,
     EngineConfig,
     ModelConfig,
     RopeConfig,
     RoutingConfig,
+    SourceConfig,
     TrainingConfig,
 )
 from mka_megatron.training import checkpoint, reshape, saving
@@ -43,6 +46,30 @@ def test_what_no_layout_can_change(reader: Any, sentence: str) -> None:
     written = written_by(engine(Config()))
     with pytest.raises(CheckpointError, match=sentence):
         reshape.check(reader, written, checkpoint._changes(reader, written))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (Config(training=TrainingConfig(segment_length=64, global_batch_size=16)),
+         r"training\.global_batch_size 8 in the middle of a sample .*, but this run has 16; set it back, or resume from"),
+        (Config(training=TrainingConfig(segment_length=64), data=DataConfig(sequence_length=256)), r"data\.sequence_length 512 in"),
+        (Config(training=TrainingConfig(segment_length=64), data=DataConfig(train=(SourceConfig("a.txt"),))), r"data\.train \["),
+        (Config(training=TrainingConfig(segment_length=64, seed=1)), r"training\.seed 1234 in the middle"),
+    ],
+)
+def test_samples_in_progress_stay_the_same_samples(changed: Config, sentence: str) -> None:
+    written = written_by(engine(Config(training=TrainingConfig(segment_length=64))))
+    written = Checkpoint(written.path, json.loads(json.dumps(written.body)))
+    reader = engine(changed)
+    reader.segments = SimpleNamespace(saved_position=lambda folder: 0)
+    reshape.check(reader, written, {})
+    reader.segments = SimpleNamespace(saved_position=lambda folder: 2)
+    with pytest.raises(CheckpointError, match=sentence):
+        reshape.check(reader, written, {})
+    same = engine(Config(training=TrainingConfig(segment_length=64, steps=9), data=DataConfig(cache_dir="x", workers=1)))
+    same.segments = reader.segments
+    reshape.check(same, written, {})
 
 
 def test_what_changes_is_named() -> None:
