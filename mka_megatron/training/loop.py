@@ -437,9 +437,11 @@ class Run:
 
 def _connection_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because the other side is gone; gloo has no exception of its own."""
-    return isinstance(error, dist.DistNetworkError) or any(
-        mark in str(error) for mark in ("/gloo/", "remote process exited")
-    )
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    # our own exceptions may name a path with such a folder
+    own = type(error) is not RuntimeError and not isinstance(error, dist.DistError)
+    return not own and any(mark in str(error) for mark in ("/gloo/", "remote process exited"))
 
 
 def _reason(error: RuntimeError) -> str:

@@ -83,7 +83,7 @@ class Writer(CheckpointEngine):
             file = HashingFile(path)
             fill(file)
             entry = file.finish()
-        except (OSError, RuntimeError) as error:  # torch.save turns a refused write into a RuntimeError
+        except Exception as error:  # of a disk, of memory that is not there, of what torch.save makes of either
             self._failed(path, (file and file.error) or error)
             if file is not None:
                 _close_quietly(file)
@@ -139,7 +139,7 @@ class BackgroundWriter(Writer):
         copy = Copy()
         try:
             torch.save(state_dict, cast(IO[bytes], copy))
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             self._failed(Path(path), error)
             return
         self._queue.put((Path(path), copy))
