@@ -14,12 +14,17 @@ from pathlib import Path
 from mka_megatron.data.batch import DataError
 
 
-def publish(final: Path, build: Callable[[Path], None]) -> None:
+def publish(final: Path, build: Callable[[Path], None], waiting: Callable[[], None] = lambda: None) -> None:
     """Make `final` hold what `build` writes into the empty directory it is given.
 
     Safe to call from any number of processes and hosts that share the file system: one builds under a file
     lock, the others wait. `final` appears by one rename after its files are on disk, so that it is complete
     whenever it is there; what a killed build left is removed by the next one.
+
+    Args:
+        final: the directory.
+        build: fills the one it is given.
+        waiting: called again and again while another process builds.
 
     Raises:
         DataError: the directory cannot be written or locked.
@@ -29,7 +34,7 @@ def publish(final: Path, build: Callable[[Path], None]) -> None:
     field = f"data.cache_dir: {final.parent}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(final.parent / f".{final.name}.lock"):
+        with _locked(final.parent / f".{final.name}.lock", waiting):
             if final.is_dir():
                 return
             for stale in final.parent.glob(f".{final.name}.tmp-*"):
@@ -55,13 +60,14 @@ def publish(final: Path, build: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     with open(path, "w") as stream:
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                waiting()
                 time.sleep(0.1)
             except OSError as error:
                 raise DataError(

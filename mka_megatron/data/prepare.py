@@ -167,7 +167,7 @@ def _tokenizer(
                 (text for record in records for text in record), data.tokenizer_vocab_size, str(directory)
             )
 
-    publish(final, build)
+    publish(final, build, lambda: note(f"the wait for another process that prepares {final}"))
     return load_tokenizer(str(final))
 
 
@@ -217,7 +217,7 @@ def _open(
         about = {"source": source.path, "tokenizer": tokenizer.name, "documents": len(hashes), "fields": keys}
         (directory / "about.json").write_text(json.dumps(about, indent=1) + "\n")
 
-    publish(final, build)
+    publish(final, build, lambda: note(f"the wait for another process that prepares {final}"))
     try:
         corpus = open_corpus(str(final / "tokens"), vocab_size, loss=sft)
         hashes = np.load(final / "hashes.npy", allow_pickle=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -50,6 +51,21 @@ def test_one_of_many_builds_and_all_see_it_whole(tmp_path: Path) -> None:
         assert process.exitcode == 0
     assert (tmp_path / "built").read_text() == "x"
     assert not (tmp_path / "failed").exists()
+
+
+def test_who_waits_for_another_process_tells_of_it(tmp_path: Path) -> None:
+    """Or a watchdog would take hours of another job's tokenising for a hang of this one."""
+    told = []
+    with open(tmp_path / ".x.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def waiting() -> None:
+            told.append(time.monotonic())
+            if len(told) == 3:
+                fcntl.flock(other, fcntl.LOCK_UN)
+
+        publish(tmp_path / "x", lambda directory: None, waiting)
+    assert len(told) == 3
 
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_complete(tmp_path: Path) -> None:
