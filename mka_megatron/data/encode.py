@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -172,6 +173,7 @@ _worker: tuple[Tokenizer, bool] | None = None
 
 def _start_worker(name: str, append_eos: bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to every process of a job; it is for the training
     global _worker
     _worker = load_tokenizer(name), append_eos
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 
@@ -17,6 +18,7 @@ from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.load import load_config
 from mka_megatron.config.reference import help_text
 from mka_megatron.config.schema import Config
+from mka_megatron.training.interrupt import hold
 
 _OPTIONS = """
 options:
@@ -32,6 +34,7 @@ _WAIT_FOR_RANK_0 = 10.0
 
 def main(arguments: list[str]) -> int:
     """Run the command line `arguments`; returns the exit code."""
+    signal.signal(signal.SIGUSR1, hold)  # a job's warning that its time is almost up waits for the first step
     rank = int(os.environ.get("RANK", 0))
     if {"--help", "-h"} & set(arguments):
         if rank == 0:

@@ -10,6 +10,7 @@ which install their own handler, still hear the signal: how Slurm's `--signal=US
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -20,6 +21,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # scancel signals torchrun and its workers, and torchrun forwards what it got: the same request, twice.
 REPEAT_SECONDS = 2.0
+
+
+def hold(number: int, frame: FrameType | None) -> None:
+    """Handler that keeps a signal, which would end a process that only starts, until an :class:`Interrupt` is entered."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    signal.pthread_kill(threading.get_ident(), number)  # pending here; other threads do not block it
 
 
 class Interrupt:
@@ -39,6 +46,7 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what was held is met now
         return self
 
     def __exit__(self, *_: object) -> None:

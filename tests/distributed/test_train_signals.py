@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 
 import pytest
 
@@ -60,3 +61,14 @@ def test_a_single_process_exits_with_0(number: signal.Signals, workplace: Workpl
     run.finish()
     interrupted_step(run, number.name)
     assert "Traceback" not in run.text()
+
+
+def test_a_warning_that_comes_before_the_first_step_is_heeded_after_it(workplace: Workplace) -> None:
+    """Slurm's SIGUSR1 while the data is prepared or a checkpoint read: it would end the process, or be forgotten."""
+    run = workplace.start("early", NO_OTHER_SAVES)
+    while "preparing data" not in run.text():
+        assert run.process.poll() is None
+        time.sleep(0.01)
+    run.process.send_signal(signal.SIGUSR1)
+    run.finish()
+    assert interrupted_step(run, "SIGUSR1") == 1

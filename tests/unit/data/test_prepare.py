@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,21 @@ def test_a_worker_that_dies_is_a_sentence(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizers.sentencepiece_model(tmp_path / "t.model"))
     with pytest.raises(DataError, match=r"data\.workers: a tokenising process died"):
         write_dataset([(Fatal("x"),)], str(tmp_path / "x"), tokenizer, workers=2)
+
+
+def signalled(text: str) -> str:
+    signal.raise_signal(signal.SIGUSR1)
+    return text
+
+
+class Signalled(str):
+    def __reduce__(self) -> tuple:
+        return signalled, (str(self),)
+
+
+def test_a_warning_to_all_processes_of_a_job_ends_no_worker(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizers.sentencepiece_model(tmp_path / "t.model"))
+    assert len(write_dataset([(Signalled("x"),)], str(tmp_path / "x"), tokenizer, workers=2)) == 1
 
 
 def test_a_second_start_reuses_and_a_changed_file_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from mka_megatron.training import interrupt
-from mka_megatron.training.interrupt import SIGNALS, Interrupt
+from mka_megatron.training.interrupt import SIGNALS, Interrupt, hold
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -39,6 +40,21 @@ def test_a_later_second_signal_meets_the_previous_handler(monkeypatch: pytest.Mo
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, inherited)
+
+
+def test_what_came_before_is_held_until_then() -> None:
+    """Beside another thread, which does not block it."""
+    ended, before = threading.Event(), signal.signal(signal.SIGUSR1, hold)
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    try:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with Interrupt(group=None) as request:
+            assert request.agreed() is signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        ended.set()
 
 
 def test_handlers_are_restored() -> None:
