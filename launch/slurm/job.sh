@@ -8,6 +8,13 @@ job_name() {
     printf '%s' "$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}"
 }
 
+# The job's own folder, as YAML: a job may be called anything.
+output_dir() {
+    local quote="'" path
+    path="$ROOT/runs/$(job_name)"
+    printf "'%s'" "${path//$quote/$quote$quote}"
+}
+
 # With MODEL and CONTEXT, such as qwen2.5-7b and 256k: sets CONFIG to the recipe of that name.
 choose_recipe() {
     CONFIG="configs/run/${MODEL:-}_${CONTEXT:-}.yaml"
@@ -21,20 +28,22 @@ node_address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^
 # run_on_nodes SCRIPT ARGUMENTS...: a script of launch/ on every node of the job. On USR1, Slurm's warning that the time
 # is almost up (--signal=B:USR1@seconds), the ranks save and stop, and the job is queued again.
 run_on_nodes() {
-    local head warned="" ending="" code=0 step
-    head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    local head job warned="" ending="" code=0 step
+    head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+    # an array's last task has the number of the array, which would mean all of them
+    job="${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" job="${job:-$SLURM_JOB_ID}"
     export NNODES="$SLURM_JOB_NUM_NODES" MASTER_ADDR MASTER_PORT JOB_ID
     MASTER_ADDR="$(node_address "$head")"
     MASTER_PORT="${MASTER_PORT:-$((29400 + SLURM_JOB_ID % 1000))}"  # jobs that share a node differ
     JOB_ID="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-    trap 'warned=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+    trap 'warned=1; scancel --signal=USR1 "$job"' USR1
     trap 'ending=1' TERM  # a requeue or a preemption tells the ranks too: wait until they have saved
     srun --kill-on-bad-exit=1 bash "$ROOT/launch/slurm/node.sh" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         if [ -z "$ending" ]; then
             wait "$step" || true
-        elif pgrep -f "$ROOT/launch/$1" >/dev/null; then
+        elif [[ "$(ps -ww -eo args=)" == *"$ROOT/launch/$1"* ]]; then
             sleep 1
         else
             # nothing is left here: srun waits for a node that is gone, and would end the step of the job's next start
@@ -44,7 +53,7 @@ run_on_nodes() {
     wait "$step" || code=$?
     if [ -n "$warned" ]; then
         say "The time was almost up: the job is queued again."
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
         return
     fi
     return "$code"

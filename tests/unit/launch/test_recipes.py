@@ -48,7 +48,7 @@ def test_model_and_context_name_a_recipe(checkout: Path, script: str, recipe: st
     assert done.returncode == 0, done.stderr
     ran = done.stdout.splitlines()
     assert ran[ran.index("torchrun.sh"):] == [
-        "torchrun.sh", f"configs/run/{recipe}.yaml", f"training.output_dir={checkout}/runs/job-7", "model.init_from=weights",
+        "torchrun.sh", f"configs/run/{recipe}.yaml", f"training.output_dir='{checkout}/runs/job-7'", "model.init_from=weights",
         "training.steps=3",
     ]
 
