@@ -7,7 +7,7 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="${VENV:-$ROOT/.venv}"
+VENV="${VENV:-$ROOT/.venv}" VENV="${VENV%/}"
 # A directory of our own for just-in-time builds: while we hold its lock, a lock file in it is a leftover.
 export TORCH_EXTENSIONS_DIR="$VENV/torch_extensions"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 DEBIAN_FRONTEND=noninteractive
@@ -23,8 +23,13 @@ apt_install() {
         timeout 600 apt-get install -y --no-install-recommends "$@"; } </dev/null >/dev/null 2>&1
 }
 
+has_venv() { [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }
+
 make_venv() {
-    [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return
+    ! has_venv || return 0
+    # making it empties the folder
+    [ -f "$VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$VENV" 2>/dev/null)" ] ||
+        fail "VENV is $VENV, which is there and is no virtual environment; name a folder that may be made, or remove it."
     local python="${PYTHON:-python3}"
     command -v "$python" >/dev/null || fail "There is no $python; install Python 3.10 or newer, or name one with PYTHON=."
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -36,10 +41,12 @@ make_venv() {
     fail "$python cannot make a virtual environment; install its venv module (Debian and Ubuntu: python3-venv)."
 }
 
+wanted_packages() { cat "$ROOT/constraints.txt" "$ROOT/pyproject.toml" <(printf '%s' "$ROOT") | sha256sum; }
+
+has_packages() { [ -f "$VENV/installed.sha256" ] && [ "$(cat "$VENV/installed.sha256")" = "$(wanted_packages)" ]; }
+
 install_packages() {
-    local stamp="$VENV/installed.sha256" wanted
-    wanted="$(cat "$ROOT/constraints.txt" "$ROOT/pyproject.toml" <(printf '%s' "$ROOT") | sha256sum)"
-    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
+    ! has_packages || return 0
     say "Installing the pinned packages (a few minutes the first time)"
     local pip=("$VENV/bin/python" -m pip install -q -c "$ROOT/constraints.txt")
     # torch first, so that a build of that version which is already there or preferred by pip's settings stays
@@ -47,7 +54,7 @@ install_packages() {
         fail "pip could not install torch and setuptools; the message above says why."
     "${pip[@]}" --no-build-isolation -e "$ROOT[test,evaluation]" ||
         fail "pip could not install the pinned packages; the message above says why."
-    printf '%s\n' "$wanted" >"$stamp"
+    wanted_packages >"$VENV/installed.sha256"
 }
 
 python_header() { [ -f "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ]; }
@@ -95,8 +102,15 @@ build_operators_now() {
 }
 
 make_environment() {
-    make_venv
-    install_packages
+    if ! { has_venv && has_packages; }; then
+        mkdir -p "$(dirname "$VENV")"
+        (
+            # several starts at once, such as the tasks of an array, make it once
+            flock -n 9 || { say "Another start makes $VENV; waiting for it." && flock 9; } || true
+            make_venv
+            install_packages
+        ) 9>"$VENV.lock"
+    fi
     build_operators
     export PATH="$VENV/bin:$PATH"  # ninja, for what is still built just in time
 }
