@@ -13,7 +13,7 @@ threads_per_rank() {
 # process of a step, would kill it.
 run_ranks() {
     (trap '' USR1 && exec setsid "$@") &
-    runner=$!
+    runner=$! asked=""  # asked: when the first signal came
     local signal
     for signal in TERM INT HUP USR1; do
         # shellcheck disable=SC2064 - the name of this signal
@@ -35,6 +35,8 @@ run_torchrun() {
     if [ "${NNODES:-1}" != 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] && [ -n "${NODE_RANK:-}" ] ||
             fail "NNODES is $NNODES: set MASTER_ADDR to machine 0 and NODE_RANK to this machine's number."
+        case "$NODE_RANK" in 0?* | *[!0-9]*) false ;; *) [ "$NODE_RANK" -lt "$NNODES" ] ;; esac ||
+            fail "NODE_RANK is $NODE_RANK: it must be this machine's number among the $NNODES of NNODES, counted from 0."
         meet=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29400}"
             --rdzv-id="${JOB_ID:-mka}" --rdzv-conf="is_host=$((NODE_RANK == 0))"
             --local-addr="${LOCAL_ADDR:-$(hostname -f)}")
@@ -47,10 +49,24 @@ run_torchrun() {
 
 forward_signal() {
     local pids
-    pids="$(cat "/proc/$runner/task"/*/children 2>/dev/null || pgrep -P "$runner")"
+    pids="$(cat "/proc/$runner/task"/*/children 2>/dev/null || pgrep -P "$runner" || true)"
     [ "$1" != HUP ] || set -- TERM  # the ranks know TERM, INT and USR1
+    # A launcher starts ranks anew that a signal ends: where they would not save, at the start or told twice, it ends too.
     # shellcheck disable=SC2086 - one word per rank
-    kill -s "$1" ${pids:-$runner} 2>/dev/null || true
+    if [ "$1" != USR1 ] && { [ $((SECONDS - ${asked:=$SECONDS})) -gt 2 ] || ! listening $pids; }; then
+        say "The ranks end at once: this was a second signal, or it came while they were not training."
+        kill -s TERM "$runner" $pids 2>/dev/null || true
+    else
+        asked="${asked:-$SECONDS}"
+        kill -s "$1" ${pids:-$runner} 2>/dev/null || true
+    fi
+}
+
+# listening PID...: whether each has a handler for TERM (bit 14 of the mask), as ranks have while they train.
+listening() {
+    local pid
+    for pid; do grep -q '^SigCgt:.*[4-7c-f]...$' "/proc/$pid/status" 2>/dev/null || return 1; done
+    [ $# -gt 0 ]
 }
 
 # fine_tune_arguments CONFIG NPROC: checks them, and sets `config` and `nproc`.
@@ -59,4 +75,5 @@ fine_tune_arguments() {
     config="$1" nproc="$2"
     [ -f "$config" ] || [ ! -f "$ROOT/$config" ] || config="$ROOT/$config"
     case "$nproc" in '' | 0* | *[!0-9]*) fail "nproc is $nproc: it must be a positive number of processes." ;; esac
+    case "${NNODES:-1}" in 0* | *[!0-9]*) fail "NNODES is $NNODES: it must be a positive number of machines." ;; esac
 }

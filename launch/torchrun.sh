@@ -21,7 +21,7 @@ case "${NNODES:-1}" in 0* | *[!0-9]*) fail "NNODES is $NNODES: it must be a posi
 make_environment
 
 for argument in "$@"; do
-    case "$argument" in -h | --help | --print-config) exec python -m mka_megatron.training "$config" "$@" ;; esac
+    case "$argument" in -h | --help) exec python -m mka_megatron.training "$config" "$@" ;; esac
 done
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
@@ -33,7 +33,11 @@ case "$NPROC" in '' | 0* | *[!0-9]*) fail "NPROC is $NPROC: it must be a positiv
 [ "$gpus" = 0 ] || [ "$NPROC" -le "$gpus" ] || fail "NPROC is $NPROC but this machine has $gpus GPUs; lower it."
 
 # A wrong configuration is one sentence from one process, before torchrun starts any.
-WORLD_SIZE="$((NPROC * ${NNODES:-1}))" python -m mka_megatron.training "$config" "$@" --print-config >/dev/null
+ranks=$((NPROC * ${NNODES:-1}))
+merged="$(WORLD_SIZE="$ranks" python -m mka_megatron.training "$config" "$@" --print-config)"
+for argument in "$@"; do
+    [ "$argument" != --print-config ] || { printf '%s\n' "$merged"; exit; }
+done
 
-[ "$((NPROC * ${NNODES:-1}))" = 1 ] || export MAX_RESTARTS="${MAX_RESTARTS:-3}"
+[ "$ranks" = 1 ] || export MAX_RESTARTS="${MAX_RESTARTS:-3}"
 run_torchrun "$NPROC" -m mka_megatron.training "$config" "$@"

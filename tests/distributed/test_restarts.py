@@ -1,12 +1,16 @@
-"""launch/ranks.sh on one machine: torchrun starts the ranks anew, more than once, and they find each other."""
+"""launch/ranks.sh on one machine: torchrun starts the ranks anew, more than once, and they find each other; not so after a signal."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
-from tests.helpers.launch import ROOT
+import pytest
+
+from tests.helpers.launch import ROOT, end_tree
 
 RANK = """
 import os, signal
@@ -24,11 +28,49 @@ os.write(1, f"rank {dist.get_rank()}, start {start}: {int(ones)}\\n".encode())  
 dist.destroy_process_group()
 """
 
+SOURCED = f"say() {{ echo \"$*\" >&2; }}; fail() {{ say \"$*\"; exit 1; }}; source {ROOT}/launch/ranks.sh; "
+WAITING = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, print)  # it may be kept for later
+if sys.argv[1] == "trains":  # as training does: the first signal asks, the second ends
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(each, lambda number, _: signal.signal(number, signal.SIG_DFL))
+os.write(1, f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n".encode())
+time.sleep(60)
+"""
+
 
 def test_two_killed_ranks_are_two_new_starts(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
-    command = f"fail() {{ echo \"$*\" >&2; exit 1; }}; source {ROOT}/launch/ranks.sh; run_torchrun 2 {tmp_path}/rank.py"
+    command = f"{SOURCED} run_torchrun 2 {tmp_path}/rank.py"
     environment = os.environ | {"MAX_RESTARTS": "2", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["/bin/bash", "-c", command], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert sorted(done.stdout.splitlines()) == ["rank 0, start 2: 4", "rank 1, start 2: 4"]
+
+
+@pytest.mark.parametrize(("state", "name"), [("starts", "SIGTERM"), ("starts", "SIGINT"), ("starts", "SIGHUP"), ("trains", "SIGTERM")])
+def test_ranks_that_a_signal_ends_are_not_started_anew(tmp_path: Path, state: str, name: str) -> None:
+    """Before they listen by the first signal, when they train by the second."""
+    (tmp_path / "rank.py").write_text(WAITING)
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        process = subprocess.Popen(
+            ["/bin/bash", "-c", f"{SOURCED} run_torchrun 2 {tmp_path}/rank.py {state}"], stdout=file, stderr=file,
+            env=os.environ | {"MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while out.read_text().count("start 0") < 2:
+            assert process.poll() is None and time.monotonic() < deadline, out.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.Signals[name])
+        if state == "trains":
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(4)
+            process.send_signal(signal.Signals[name])
+        assert process.wait(40) != 0
+    finally:
+        if process.poll() is None:
+            end_tree(process)
+    assert "start 1" not in out.read_text() and "The ranks end at once" in out.read_text(), out.read_text()
