@@ -15,6 +15,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 DEBIAN_FRONTEND=noninterac
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
 
+# positive NAME VALUE THINGS: refuses what is not a number from 1 on.
+positive() { case "$2" in '' | 0* | *[!0-9]*) fail "$1 is $2: it must be a positive number of $3." ;; esac; }
+
 # apt_install PACKAGE...: true when root could install them.
 apt_install() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1

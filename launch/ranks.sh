@@ -74,6 +74,6 @@ fine_tune_arguments() {
     [ $# -ge 2 ] || fail "Give a configuration and a number of processes: $0 <config> <nproc> [key=value ...]"
     config="$1" nproc="$2"
     [ -f "$config" ] || [ ! -f "$ROOT/$config" ] || config="$ROOT/$config"
-    case "$nproc" in '' | 0* | *[!0-9]*) fail "nproc is $nproc: it must be a positive number of processes." ;; esac
-    case "${NNODES:-1}" in 0* | *[!0-9]*) fail "NNODES is $NNODES: it must be a positive number of machines." ;; esac
+    positive nproc "$nproc" processes
+    positive NNODES "${NNODES:-1}" machines
 }

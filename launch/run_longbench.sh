@@ -13,9 +13,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 out="$1" data="$2"
 shift 2
 [ -e "$data" ] || fail "There is no $data; copy data.zip of huggingface.co/datasets/THUDM/LongBench there."
+NPROC="${NPROC:-1}"
+positive NPROC "$NPROC" processes
 
 make_environment
-NPROC="${NPROC:-1}"
 launcher=(python)
 [ "$NPROC" = 1 ] || launcher=(python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$NPROC")
 exec "${launcher[@]}" "$ROOT/tools/evaluate.py" longbench --out "$out" --data "$data" "$@"

@@ -12,10 +12,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [ $# -ge 2 ] || fail "Give a directory for the results and a model: $0 OUT (--hf DIR | CONFIG...) [options]"
 out="$1"
 shift
+NPROC="${NPROC:-1}"
+positive NPROC "$NPROC" processes
 
 make_environment
 case " $* " in *" --lengths "*) ;; *) set -- --lengths 4096,8192,16384,32768 "$@" ;; esac
-NPROC="${NPROC:-1}"
 launcher=(python)
 [ "$NPROC" = 1 ] || launcher=(python -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$NPROC")
 exec "${launcher[@]}" "$ROOT/tools/evaluate.py" ruler --out "$out" "$@"

@@ -16,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 config="$1"
 shift
 [ -f "$config" ] || [ ! -f "$ROOT/$config" ] || config="$ROOT/$config"
-case "${NNODES:-1}" in 0* | *[!0-9]*) fail "NNODES is $NNODES: it must be a positive number of machines." ;; esac
+positive NNODES "${NNODES:-1}" machines
 
 make_environment
 
@@ -29,7 +29,7 @@ if [ "$gpus" = 0 ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/n
     say "This machine has a GPU that the installed torch cannot use (a CPU build, or an old driver); training on the CPU."
 fi
 NPROC="${NPROC:-$((gpus > 0 ? gpus : 1))}"
-case "$NPROC" in '' | 0* | *[!0-9]*) fail "NPROC is $NPROC: it must be a positive number of processes." ;; esac
+positive NPROC "$NPROC" processes
 [ "$gpus" = 0 ] || [ "$NPROC" -le "$gpus" ] || fail "NPROC is $NPROC but this machine has $gpus GPUs; lower it."
 
 # A wrong configuration is one sentence from one process, before torchrun starts any.

@@ -34,6 +34,16 @@ def test_a_machine_has_a_number_from_zero(tmp_path: Path, rank: str) -> None:
     assert done.stderr == f"NODE_RANK is {rank}: it must be this machine's number among the 2 of NNODES, counted from 0.\n"
 
 
-def test_a_number_of_machines_is_a_number(tmp_path: Path) -> None:
-    done = launch(tmp_path, "launch/launch_dp_torchrun.sh", "configs/hf_qwen_fastmka.yaml", "1", NNODES="two")
-    assert done.returncode == 1 and done.stderr == "NNODES is two: it must be a positive number of machines.\n"
+@pytest.mark.parametrize(("command", "name", "things"), [
+    (["launch_dp_torchrun.sh", "configs/hf_qwen_fastmka.yaml", "1"], "NNODES", "machines"),
+    (["torchrun.sh", "configs/run/tiny.yaml"], "NNODES", "machines"),
+    (["torchrun.sh", "configs/run/tiny.yaml"], "NPROC", "processes"),
+    (["run_ruler.sh", "out", "configs/run/tiny.yaml"], "NPROC", "processes"),
+    (["run_longbench.sh", "out", "README.md", "configs/run/tiny.yaml"], "NPROC", "processes"),
+    (["slurm/eval.sbatch", "ruler"], "NPROC", "processes"),
+])
+@pytest.mark.parametrize("number", ["two", "0"])
+def test_a_number_is_a_number(tmp_path: Path, command: list[str], name: str, things: str, number: str) -> None:
+    script, *arguments = command
+    done = launch(tmp_path, f"launch/{script}", *arguments, **{name: number, "SLURM_SUBMIT_DIR": str(ROOT)})
+    assert done.returncode == 1 and done.stderr == f"{name} is {number}: it must be a positive number of {things}.\n"
