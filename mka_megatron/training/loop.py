@@ -135,7 +135,7 @@ class Run:
         self.flops = model_flops(config, self.data.vocab_size)
         self.peak_flops = device_peak(config, topology.device)
         watchdog.note("the reading of a checkpoint")
-        self.checkpoint, state = resume(self.engine, config.training)
+        self.checkpoint, state = resume(self.engine, config.training, self.data.tokenizer)
         self.saver = Saver(
             self.engine,
             self.output_dir,
@@ -314,6 +314,7 @@ class Run:
             "bad_from": self.bad_from,
             "evaluations": [asdict(item) for item in self.evaluations],
             "tokenizer": None if self.data.tokenizer is None else self.data.tokenizer.name,
+            "tokenizer_fingerprint": None if self.data.tokenizer is None else self.data.tokenizer.fingerprint,
         }
         self.saver.save(self.engine.step, state)
 

@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 from mka_megatron.config.errors import refuse
 from mka_megatron.config.schema import TrainingConfig
+from mka_megatron.data.tokenizer import Tokenizer
 from mka_megatron.parallel.groups import Topology
-from mka_megatron.training import checkpoint
+from mka_megatron.training import checkpoint, manifest
 from mka_megatron.training.engine import Engine
+from mka_megatron.training.manifest import Checkpoint, CheckpointError
 from mka_megatron.training.saving import PREFIX
 
 _PREPARATION_LIMIT = timedelta(days=2)
@@ -80,19 +82,36 @@ def rank_0_first(action: Callable[[], T], topology: Topology) -> T:
     return result if topology.rank == 0 else action()
 
 
-def resume(engine: Engine, training: TrainingConfig) -> tuple[Path | None, dict[str, Any]]:
+def resume(
+    engine: Engine, training: TrainingConfig, tokenizer: Tokenizer | None = None
+) -> tuple[Path | None, dict[str, Any]]:
     """Bring `engine` to the checkpoint that `training.resume` asks for.
+
+    Args:
+        tokenizer: the run's; None where all data is tokens already.
 
     Returns:
         The checkpoint's path and the state saved with it; (None, {}) where the run starts from the beginning.
 
     Raises:
-        CheckpointError: the one asked for cannot be loaded.
+        CheckpointError: the one asked for cannot be loaded, or was trained with another tokenizer.
     """
     if training.resume == "none":
         return None, {}
-    if training.resume == "auto":
-        found = checkpoint.newest_intact(training.output_dir)
-        return (found.path, checkpoint.load(engine, found)) if found else (None, {})
-    path = Path(training.resume)
-    return path, checkpoint.load(engine, path)
+    automatic = training.resume == "auto"
+    found = checkpoint.newest_intact(training.output_dir) if automatic else manifest.verify(Path(training.resume))
+    if found is None:
+        return None, {}
+    if tokenizer is not None and engine.config.data.tokenizer is None:
+        _check_trained_tokenizer(found, tokenizer)
+    return found.path, checkpoint.load(engine, found)
+
+
+def _check_trained_tokenizer(found: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError where `tokenizer`, which was trained on the text of data.train, is not the one before."""
+    state = found.body["state"]
+    if state.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained with the tokenizer {state['tokenizer']}, but data.tokenizer null means one that "
+            "was trained on data.train as it is now; set data.tokenizer to the former, or start in another training.output_dir."
+        )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mka_megatron.config.errors import ConfigError
-from mka_megatron.config.schema import TrainingConfig
+from mka_megatron.config.schema import DataConfig, TrainingConfig
+from mka_megatron.training import start
+from mka_megatron.training.manifest import Checkpoint, CheckpointError
 from mka_megatron.training.start import check_output
 
 
@@ -53,6 +56,25 @@ def test_an_output_directory_that_cannot_be(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^training\.output_dir is .*file/run: it cannot be created .*\.$"):
         check_output(TrainingConfig(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_a_tokenizer_that_changed_with_the_text_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has as many entries as before, and other ids: the model would go on without a word, and begin anew."""
+    found = Checkpoint(tmp_path / "step-00000004", {"state": {"tokenizer": "cache/a", "tokenizer_fingerprint": "before"}})
+    monkeypatch.setattr(start.checkpoint, "newest_intact", lambda folder: found)
+    monkeypatch.setattr(start.checkpoint, "load", lambda engine, checkpoint: checkpoint.body["state"])
+    training = TrainingConfig(output_dir=str(tmp_path))
+
+    def go_on(fingerprint: str, **data: str) -> None:
+        engine = SimpleNamespace(config=SimpleNamespace(data=DataConfig(**data)))
+        assert start.resume(engine, training, SimpleNamespace(fingerprint=fingerprint)) == (found.path, found.body["state"])
+
+    go_on("before")
+    go_on("after", tokenizer="chosen")
+    with pytest.raises(CheckpointError, match=r"trained with the tokenizer cache/a, .*; set data\.tokenizer to the former, or"):
+        go_on("after")
+    found.body["state"].clear()  # of an older version
+    go_on("after")
 
 
 _RANK = """
