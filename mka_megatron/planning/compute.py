@@ -100,8 +100,10 @@ def link(cluster: Cluster, layout: Layout, group: Group) -> Link:
     ranks, stride = {"tensor": (layout.tensor, 1), "context": (layout.context, layout.tensor),
                      "data": (layout.context * layout.data, layout.tensor)}[group]
     per_node = max(1, min(ranks, cluster.per_node // stride))
-    if ranks <= per_node:
+    if ranks == per_node and (cluster.nodes == 1 or cluster.per_node % (ranks * stride) == 0):
         return Link(ranks, per_node, cluster.gpu.link_gbs, "inside a node")
+    if 1 < ranks == per_node:  # nodes are no multiple of it: some group has a single rank in one of its two nodes
+        per_node = 1
     cards = 1 if group == "context" else per_node
     return Link(ranks, per_node, min(cluster.gpu.link_gbs, cards * cluster.gpu.network_gbs), "between nodes")
 

@@ -69,6 +69,10 @@ def test_links() -> None:
     assert [at.gbs for at in found.values()] == [10, 10, 4]  # a ring of four ranks a node has four network cards
     wide = link(cluster, Layout(4, 4, 2), "context")
     assert (wide.ranks, wide.per_node, wide.name, wide.gbs) == (4, 2, "between nodes", 1)
+    # 2 x 3 ranks do not divide a node of 8: the second group goes on in the next node
+    ragged = link(Cluster(ROUND, 8, 3), Layout(2, 3, 4), "context")
+    assert (ragged.ranks, ragged.per_node, ragged.name, ragged.gbs) == (3, 1, "between nodes", 1)
+    assert link(Cluster(ROUND, 6, 1), Layout(4, 1, 1), "tensor").name == "inside a node"
 
 
 def test_seconds() -> None:
