@@ -130,8 +130,6 @@ def _latent(config: Config) -> tuple[int, int]:
 def _gate(config: Config, kv_heads: int, levels: int) -> int:
     """Weights of a layer's gate MLP: one over all heads (token), or one per KV head (group)."""
     model, routing = config.model, config.routing
-    if routing.mode == "fixed":
-        return 0
     routes = kv_heads if routing.scope == "group" else 1
     if routing.gate_input == "x":
         return routing.gate_hidden_size * (model.hidden_size + routes * levels)

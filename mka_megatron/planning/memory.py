@@ -134,7 +134,7 @@ def _keys_and_values(config: Config, layout: Layout, device: Device, graph: str)
     """Keys and values of other ranks' and earlier segments' slots, and the hot pages."""
     model, memory, training = config.model, config.memory_hierarchy, config.training
     width = WIDTHS[training.precision]
-    channels = 2 * max(1, effective_kv_heads(config.attention.variant, model) // layout.tensor) * model.head_dim
+    channels = _pair(config, layout)
     rows, layers = training.micro_batch_size, model.num_layers
     at_once = layers if graph in ("loss", "whole") and training.recompute == "none" else 0 if graph == "gone" else 1
     slots = tokens_per_pass(config, layout) // rows
@@ -147,7 +147,9 @@ def _keys_and_values(config: Config, layout: Layout, device: Device, graph: str)
             slots_seen = min(before, window) + before // chunk + min(before, recalled)
             words = f"{slots_seen:,} slots of halo, summaries and recalled chunks of other ranks"
         else:
-            slots_seen, words = before, f"{before:,} slots of the ranks before"
+            variant = VARIANTS[config.attention.variant]
+            levels = variant.levels(config) if variant.attends_each_level else 1
+            slots_seen, words = levels * before, f"{levels} x {before:,} slots of the ranks before"
         found.append(Term(at_once * rows * slots_seen * channels * width, f"{at_once} layers x {rows} x {words} x {channels * width} B"))
     if training.segment_length is not None:
         chunks = config.data.sequence_length // layout.context // chunk
@@ -160,6 +162,14 @@ def _keys_and_values(config: Config, layout: Layout, device: Device, graph: str)
         if device == "cuda" and recalls(config):
             found.append(Term(int(memory.l3.hbm_pool_gib * _GIB), f"{memory.l3.hbm_pool_gib} GiB of hot pages"))
     return Term(sum(term.bytes for term in found), "; ".join(term.words for term in found) or "no slots of others")
+
+
+def _pair(config: Config, layout: Layout) -> int:
+    """Channels of a slot's keys and values together, of a rank's heads."""
+    mla, heads = config.attention.mla, max(1, effective_kv_heads(config.attention.variant, config.model) // layout.tensor)
+    if VARIANTS[config.attention.variant].projection == "latent":
+        return heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim)
+    return heads * 2 * config.model.head_dim
 
 
 def _logits(config: Config, layout: Layout, vocab_size: int) -> Term:
@@ -195,8 +205,9 @@ def _working(config: Config, layout: Layout, device: Device) -> Term:
     widths = (3 if device == "cuda" else 4) + 3 * tiled(config, layout, training.mlp_tile)
     mlp = Term(at_once * widths * ffn * width, f"{at_once:,} tokens x {widths} x {ffn:,} MLP channels x {width} B")
     heads = model.num_attention_heads / layout.tensor
-    groups = max(1.0, effective_kv_heads(config.attention.variant, model) / layout.tensor)
-    each = 2 * (heads + groups) * model.head_dim * width + heads * _FP32
+    pair = _pair(config, layout)
+    latent = VARIANTS[config.attention.variant].projection == "latent"
+    each = ((pair if latent else 2 * heads * model.head_dim) + pair) * width + heads * _FP32
     attention = Term(round(tokens * each), f"{tokens:,} tokens x {each:,.0f} B of the attention's gradients")
     if device == "cuda" and block_core(config):
         # per query head: the gradient of three biases; parts of dK and dV, at most so many (kernels/include/mka/block_plan.cuh)
@@ -204,7 +215,7 @@ def _working(config: Config, layout: Layout, device: Device) -> Term:
         bias = round(tokens * heads * 3 * _FP32)
         attention = Term(attention.bytes + bias + parts, f"{attention.words}, {bias:,} B of the biases', {parts:,} B of parts of dK and dV")
     if layout.context > 1 and not block_core(config):
-        exchanged = round(2 * layout.context * tokens * 2 * groups * model.head_dim * width)
+        exchanged = 2 * layout.context * tokens * pair * width
         attention = Term(attention.bytes + exchanged, f"{attention.words}, {exchanged:,} B of keys, values and gradients that ranks exchange")
     larger = max(mlp, attention, key=lambda term: term.bytes)
     residual = 2 * tokens * model.hidden_size * width

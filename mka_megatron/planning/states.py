@@ -165,8 +165,9 @@ def _unsharded(run: Run, parameters: Sequence[Parameter]) -> list[Moment]:
     optimizer = Term(p * (_MOMENTS + _FP32 * half), f"{p:,} x {_MOMENTS + _FP32 * half} B (AdamW's moments{', fp32 weights' * half})")
     gradients = Term(p * width, f"{p:,} x {width} B")
     carried = gradients if run.passes > 1 else Term(0, "none yet")
-    flat = min(p, FLATTENED + largest(parameters)) * width
-    reduction = (Term(flat, f"a flat copy of at most {FLATTENED:,} elements to reduce"),)
+    copied = width + run.communicated * (run.communicated > width)
+    flat = min(p, FLATTENED + largest(parameters)) * copied
+    reduction = (Term(flat, f"a flat copy of at most {FLATTENED:,} elements x {copied} B to reduce"),)
     if half:
         after = Moment("the update", weights, gradients, optimizer, (Term(p * _FP32, f"{p:,} fp32 gradients"),))
     else:

@@ -23,6 +23,8 @@ Kind = Literal["all-reduce", "gather", "scatter"]
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PERSISTENT = 100_000
 """ZeRO-3 keeps parameters of at most this many elements whole (DeepSpeed's param_persistence_threshold)."""
+REUSED = 1_000_000_000
+"""... and others until they are used again within this many elements of a pass (its stage3_max_reuse_distance)."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _ends(config: Config, layout: Layout) -> list[_Call]:
 def _gates(config: Config) -> list[_Call]:
     """fp32: the first layer's sums and the gradients of the logits (token gate), or the logits of the layer input."""
     variant, routing, layers = VARIANTS[config.attention.variant], config.routing, config.model.num_layers
-    forwards, learned = 1 + (config.training.recompute == "full"), int(routing.mode != "fixed")
+    forwards = 1 + (config.training.recompute == "full")
     calls = []
     for levels in (variant.levels(config), variant.core_levels(config)):
         if levels == 1:
@@ -153,12 +155,12 @@ def _gates(config: Config) -> list[_Call]:
         if routing.gate_input == "x":
             logits = 4 * levels * (variant.kv_heads(config.model) if routing.scope == "group" else 1)
             if config.parallel.sequence_parallel:
-                calls += [_Call("gather", logits, forwards * layers), _Call("scatter", logits, learned * layers)]
+                calls += [_Call("gather", logits, forwards * layers), _Call("scatter", logits, layers)]
             else:
-                calls.append(_Call("all-reduce", logits, learned * layers))
+                calls.append(_Call("all-reduce", logits, layers))
         elif routing.scope == "token":
             calls += [_Call("all-reduce", 4 * routing.gate_hidden_size, forwards * layers),
-                      _Call("all-reduce", 4 * levels, learned * layers)]
+                      _Call("all-reduce", 4 * levels, layers)]
     return calls
 
 
@@ -195,7 +197,7 @@ def _data(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
     elements = sum(each.elements for each in parameters)
     kind: Kind = "scatter" if stage == 3 else "all-reduce"
     times = steps if stage >= 2 else 1
-    reduced = 4 if stage in (1, 2) and layout.context > 1 else width  # DeepSpeed's choice for shared rows
+    reduced = 4 if layout.context > 1 else width  # DeepSpeed's choice for shared rows
     yield Flow("data", "gradients", times * ring(kind, elements * reduced, ranks),
                f"{times:,} x {kind} of {elements:,} x {reduced} B over {ranks} ranks",
                hidden_by="" if stage == 0 else "backward" if stage == 1 else "passes")
@@ -204,7 +206,11 @@ def _data(config: Config, layout: Layout, vocab_size: int) -> Iterator[Flow]:
                    f"gather of {elements:,} x {width} B over {ranks} ranks")
     if stage == 3:
         kept = sum(each.elements for each in parameters if each.elements <= _PERSISTENT)
-        yield Flow("data", "weights of ZeRO-3", 2 * steps * ring("gather", (elements - kept) * width, ranks),
-                   f"{steps:,} passes x 2 gathers of {elements - kept:,} x {width} B over {ranks} ranks", hidden_by="passes")
+        # from its forward to its use in the backward pass a layer has those behind it twice, recomputed three times
+        again = max(0, elements - kept - REUSED // (3 if config.training.recompute == "full" else 2))
+        gathered = elements - kept + again
+        yield Flow("data", "weights of ZeRO-3", steps * ring("gather", gathered * width, ranks),
+                   f"{steps:,} passes x gathers of {gathered:,} ({again:,} of them for the second time) x {width} B over {ranks} "
+                   "ranks", hidden_by="passes")
         yield Flow("data", "small weights of ZeRO-3", ring("gather", kept * width, ranks),
                    f"gather of {kept:,} x {width} B over {ranks} ranks")

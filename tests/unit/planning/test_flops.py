@@ -146,6 +146,7 @@ CASES = {
     "fastmka-x": {"routing": RoutingConfig(gate_input="x")},
     "fastmka-group": {"routing": RoutingConfig(scope="group")},
     "fastmka-x-group": {"routing": RoutingConfig(gate_input="x", scope="group")},
+    "fastmka-fixed": {"routing": RoutingConfig(mode="fixed")},
     "fastmka-no-l2": {"memory_hierarchy": MemoryConfig(l2=L2Config(enabled=False))},
 }
 

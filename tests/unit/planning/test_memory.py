@@ -114,6 +114,25 @@ def test_context_parallel_ranks_keep_the_keys_and_values_of_those_before() -> No
     assert found["kv"] == 3 * 1024 * 2 * (2 * 16) * 4
 
 
+def test_each_level_that_attends_has_keys_and_values_of_the_ranks_before() -> None:
+    """mka: of both levels; mla: 4 heads of 24 + 8 channels of keys and 20 of values."""
+    shared = ["engine.zero_stage=0", "data.sequence_length=4096", "parallel.context_parallel=4", "training.global_batch_size=1",
+              "attention.mla.qk_nope_head_dim=24", "attention.mla.qk_rope_head_dim=8", "attention.mla.v_head_dim=20"]
+    for variant, slot in (("mka", 2 * 2 * (2 * 16)), ("mla", 4 * (24 + 8 + 20))):
+        config = load_config([], [*SHAPE, *shared, f"attention.variant={variant}"], world_size=4)
+        found = {part.name: part.bytes for part in rank_memory(config, Layout(1, 4, 1), VOCAB, "cpu")}
+        assert found["kv"] == 3 * 1024 * slot * 4, variant
+
+
+def test_gradients_of_shared_rows_are_reduced_in_fp32() -> None:
+    """Stage 0 in bf16: beside the flat copy of 2 bytes an element one of 4, more than the fp32 gradients of the update."""
+    config = load_config([], [*SHAPE, "engine.zero_stage=0", "training.precision=bf16", "data.sequence_length=16",
+                              "parallel.context_parallel=2", "training.global_batch_size=1"], world_size=2)
+    alone, shared = (rank_memory(config, layout, VOCAB, "cpu")[-1].formula for layout in (Layout(1, 1, 2), Layout(1, 2, 1)))
+    assert alone.startswith(f"at the update; {P:,} fp32 gradients;")
+    assert shared.startswith("at the reduction of gradients;") and "elements x 6 B to reduce" in shared
+
+
 def test_an_offloaded_optimizer_is_in_the_nodes_memory() -> None:
     """Stage 2, fp32, 2 ranks: moments, master weights and gradients 16, the weights handed back 4; the embedding's gradient."""
     offloaded = ["engine.zero_stage=2", "engine.offload_optimizer=cpu"]

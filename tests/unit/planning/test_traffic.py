@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mka_megatron.config.load import load_config
 from mka_megatron.config.schema import Config
+from mka_megatron.planning.parameters import rank_parameters
 from mka_megatron.planning.steps import Layout
 from mka_megatron.planning.traffic import flows, ring
 from tests.unit.planning.dry_traffic import RANKS
@@ -79,9 +81,22 @@ def test_zero_by_hand() -> None:
     assert (one["data: gradients"], one["data: updated weights"]) == (2 * quarter, quarter)
     assert (two["data: gradients"], two["data: updated weights"]) == (2 * 2 * quarter, quarter)  # in both passes
     assert three["data: gradients"] == 2 * quarter  # scattered in both
-    # fc1 alone has more than 100,000 elements: twice gathered in each of two passes, the others once in the step
-    assert three["data: weights of ZeRO-3"] == 2 * 2 * (2 * 131_072 * 2 * 3 // 4)
+    # fc1 alone has more than 100,000 elements: gathered in each of two passes, the others once in the step
+    assert three["data: weights of ZeRO-3"] == 2 * (2 * 131_072 * 2 * 3 // 4)
     assert three["data: small weights of ZeRO-3"] == (elements - 2 * 131_072) * 2 * 3 // 4
+
+
+def test_zero_3_gathers_again_what_is_used_again_late() -> None:
+    """Qwen2.5-7B on 8 ranks: all but the last 5e8 elements, whose way to the loss and back is 1e9; recomputed a third of it."""
+    large = load_config("configs/run/qwen2.5-7b.yaml", ["engine.zero_stage=3", "parallel.tensor_parallel=1",
+                                                        "parallel.sequence_parallel=false"])
+    layout = Layout(1, 1, 8)
+    parameters = rank_parameters(large, 152_064, 1)
+    whole = sum(each.elements for each in parameters if each.elements > 100_000)
+    for recompute, kept in (("none", 500_000_000), ("full", 333_333_333)):
+        config = replace(large, training=replace(large.training, recompute=recompute))
+        (found,) = (flow.bytes for flow in flows(config, layout, 152_064) if flow.what == "weights of ZeRO-3")
+        assert found == 16 * ((2 * whole - kept) * 2 * 7 // 8)
 
 
 def test_one_rank_sends_nothing() -> None:
@@ -101,6 +116,10 @@ DRY = {
     "fastmka, gate of the input": [*TP, *SP, "routing.gate_input=x", "engine.zero_stage=2"],
     "fastmka, gate of the input per head": [*TP, "routing.gate_input=x", "routing.scope=group"],
     "fastmka, gate per head": [*TP, "routing.scope=group"],
+    "fastmka, fixed routes": [*TP, *SP, "routing.mode=fixed"],
+    "ZeRO-0 over shared rows": [*GQA, *CP, "engine.zero_stage=0"],
+    "ZeRO-3": [*GQA, "engine.zero_stage=3"],
+    "ZeRO-3, recomputed, over shared rows": [*GQA, *CP, *FULL, "engine.zero_stage=3"],
     "blockmka over ranks": [*BLOCK, *TP, *SP, *CP, "engine.zero_stage=2", "training.recompute=selective"],
 }
 
