@@ -1,7 +1,7 @@
 """One step of chosen ranks of a large world on this machine, and checks of the whole world; no GPU, no data, no weights.
 
-    python tools/dry_run.py configs/run/qwen2.5-7b_256k.yaml --ranks 512
-    python tools/dry_run.py configs/run/qwen2.5-7b_256k.yaml parallel.context_parallel=8 --ranks 512 --rank 0 --rank 511
+    python tools/dry_run.py configs/run/qwen2.5-7b_256k.yaml training.global_batch_size=64 --ranks 512
+    python tools/dry_run.py configs/run/qwen2.5-7b_256k.yaml parallel.context_parallel=8 --ranks 512 --all-corners
 
 Every chosen rank is a process with PyTorch's fake process group, in which a collective returns at once: the project's own
 groups, model and engine, built and stepped with tensors that have shapes but no data. docs/dry_run.md says what is
@@ -12,6 +12,7 @@ configuration is.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import multiprocessing
@@ -20,7 +21,7 @@ import time
 import warnings
 from pathlib import Path
 
-from mka_megatron.config.errors import ConfigError
+from mka_megatron.config.errors import ConfigError, refuse
 from mka_megatron.config.load import load_config
 from mka_megatron.training.host import available_cores, quiet
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks-per-node", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=available_cores(), help="ranks at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the findings here too")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     quiet()
     try:
         return run(options)
@@ -45,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
+    for name in ("ranks", "ranks_per_node", "jobs"):
+        if getattr(options, name) < 1:
+            raise refuse(f"--{name.replace('_', '-')}", getattr(options, name), "it must be at least 1")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise refuse("--json", str(options.json), "its directory does not exist; make it, or give another path")
     paths = [each for each in options.config if "=" not in each]
     overrides = [each for each in options.config if "=" in each]
     config = load_config(paths, overrides, world_size=options.ranks)
@@ -83,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _silence() -> None:
-    """The libraries' advice is for ranks that exist."""
+    """The libraries' advice is for ranks that exist; DeepSpeed's collections of garbage pass over what was there before."""
+    gc.freeze()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 
