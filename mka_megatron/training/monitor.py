@@ -59,12 +59,12 @@ class LossLog:
         """Keep the lines of steps up to `resumed_step` and append after them."""
         kept = []
         if path.exists() and resumed_step:
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= resumed_step:
                         kept.append(line + "\n")
                 except (ValueError, KeyError):
-                    break  # the line that a killed process was writing
+                    break  # the line that a killed process was writing, or what a machine without power left
         partial = path.with_name(f".{path.name}.kept")
         partial.write_text("".join(kept))
         os.replace(partial, path)

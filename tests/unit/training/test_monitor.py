@@ -89,6 +89,13 @@ def test_a_resume_drops_later_and_torn_lines(tmp_path) -> None:
     assert path.read_text() == ""
 
 
+def test_bytes_that_a_dead_machine_left_do_not_end_the_next_start(tmp_path) -> None:
+    path = tmp_path / "losses.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\x80\x00\n{"step": 2}\n')
+    LossLog(path, resumed_step=3).close()
+    assert [line["step"] for line in lines(path)] == [1]
+
+
 def test_window_means(tmp_path) -> None:
     window = Window()
     window.add(record(1, 2.0, seconds=0.5))
