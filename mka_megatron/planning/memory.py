@@ -179,7 +179,10 @@ def _logits(config: Config, layout: Layout, vocab_size: int) -> Term:
     if layout.tensor == 1:
         each, words = 3 * _FP32, "log-softmax, its gradient and the logits' in fp32"
     else:
-        each, words = _FP32 + 2 * WIDTHS[config.training.precision], "logits, masked, and in fp32"
+        # in place once they are fp32; entries that only pad the vocabulary are masked in a copy
+        width, padded = WIDTHS[config.training.precision], padded_vocabulary(config, vocab_size) > vocab_size
+        each = _FP32 + width * (width < _FP32) + width * padded
+        words = "logits" + ", masked" * padded + ", and in fp32" * (width < _FP32)
     return Term(at_once * entries * each, f"{at_once:,} tokens x {entries:,} entries x {each} B ({words})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import (
@@ -104,6 +105,15 @@ def test_tiles_bound_the_logits() -> None:
     tiled = parts("engine.zero_stage=0", "data.sequence_length=4096", "training.logits_tile=128", "training.recompute=full")
     assert tiled["logits"] in (0, 128 * 1024 * 12)
     assert sum(tiled.values()) < sum(whole.values())
+
+
+@pytest.mark.parametrize(("precision", "vocab", "each"), [("fp32", 1024, 4), ("fp32", 1000, 8), ("bf16", 1024, 6), ("bf16", 1000, 8)])
+def test_logits_of_a_split_vocabulary_become_their_losses_in_place(precision: str, vocab: int, each: int) -> None:
+    """Half of 1,024 entries: the logits, where some are padding a masked copy, and in bf16 a copy in fp32."""
+    config = configured("engine.zero_stage=0", "data.sequence_length=4096", f"training.precision={precision}",
+                        "parallel.tensor_parallel=2", world=2)
+    found = {part.name: part.bytes for part in rank_memory(config, Layout(2, 1, 1), vocab, "cpu")}
+    assert found["logits"] == 4096 * 512 * each
 
 
 def test_context_parallel_ranks_keep_the_keys_and_values_of_those_before() -> None:
