@@ -323,7 +323,7 @@ class TrainingConfig:
     """Segments per optimizer step; null: all of a sample."""
     resume: str = "auto"
     """auto: newest intact checkpoint of output_dir, if any; none: start fresh in an empty output_dir;
-    or the path of one checkpoint."""
+    or the path of a checkpoint to begin at, from which the same command goes on with those in output_dir."""
     max_bad_steps: int = 3
     """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
 

@@ -37,7 +37,7 @@ from mka_megatron.training.norms import parameter_count, parameter_norm
 from mka_megatron.training.progress import Display
 from mka_megatron.training.records import Evaluation, StepRecord, perplexity
 from mka_megatron.training.saving import Saver
-from mka_megatron.training.start import check_output, rank_0_first, resume
+from mka_megatron.training.start import begins_at, check_output, rank_0_first, resume
 from mka_megatron.training.summary import Summary, Throughput, metrics, rows
 from mka_megatron.training.watchdog import Watchdog
 
@@ -150,6 +150,7 @@ class Run:
         self.consumed_samples: int = state["consumed_samples"] if state else 0
         self.evaluations = [Evaluation(**entry) for entry in state["evaluations"]] if state else []
         self.bad_from: int | None = state.get("bad_from")  # first sample of the bad steps before this one, if any
+        self.begun_at: str | None = begins_at(config.training) or state.get("begun_at")
         self.tally = Tally()
         self.train_loss: float | None = None
         self.monitor = self._monitor(self.display) if self.display is not None else None
@@ -312,6 +313,7 @@ class Run:
         state = {
             "consumed_samples": self.consumed_samples,
             "bad_from": self.bad_from,
+            "begun_at": self.begun_at,
             "evaluations": [asdict(item) for item in self.evaluations],
             "tokenizer": None if self.data.tokenizer is None else self.data.tokenizer.name,
             "tokenizer_fingerprint": None if self.data.tokenizer is None else self.data.tokenizer.fingerprint,
@@ -335,7 +337,7 @@ class Run:
             title = f"{self.config.attention.variant}, {self.output_dir}"
             self.monitor.finish(title, rows(summary, self.config))
             if signalled is not None:
-                again = "" if self.config.training.resume == "auto" else " with training.resume=auto"
+                again = " with training.resume=auto" if self.config.training.resume == "none" else ""
                 self.monitor.say(
                     f"interrupted by {signalled.name} at step {summary.step}, "
                     f"saved {self.checkpoint}; the same command{again} resumes it"

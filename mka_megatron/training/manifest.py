@@ -82,7 +82,7 @@ def _shared(folder: Path) -> dict[str, Any]:
     outcome: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            outcome = [_read(folder), None]
+            outcome = [read(folder), None]
         except CheckpointError as error:
             outcome = [None, str(error)]
     if dist.is_initialized():
@@ -93,7 +93,8 @@ def _shared(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest's body, whatever the files are. Raises CheckpointError where it is missing or damaged."""
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
         body = content["body"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +33,8 @@ def check_output(training: TrainingConfig) -> None:
     """Create output_dir.
 
     Raises:
-        ConfigError: it cannot be created, or the run would mix its checkpoints with those of another future.
+        ConfigError: it cannot be created, or the run would mix its checkpoints with those of another future: later ones, that
+            did not begin where this run does.
     """
     try:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def check_output(training: TrainingConfig) -> None:
             training.output_dir,
             f"it cannot be created ({error.strerror}); choose another",
         ) from None
-    if training.resume == "auto":
+    if training.resume == "auto" or _has_begun(training):
         return
     present = Path(training.output_dir, "checkpoints")
     chosen = Path(training.resume).resolve().name
@@ -55,6 +57,21 @@ def check_output(training: TrainingConfig) -> None:
             f"{present} holds later checkpoints, which auto would go on from; move {max(later).name} "
             "and its like away, or choose another training.output_dir",
         )
+
+
+def begins_at(training: TrainingConfig) -> str | None:
+    """The checkpoint, by its absolute path, that training.resume names; None for auto and none."""
+    return None if training.resume in ("auto", "none") else str(Path(training.resume).resolve())
+
+
+def _has_begun(training: TrainingConfig) -> bool:
+    """Whether output_dir has checkpoints of a run that began at the one in training.resume: of this run, interrupted."""
+    path = begins_at(training)
+    for folder in Path(training.output_dir, "checkpoints").glob(f"{PREFIX}*"):
+        with contextlib.suppress(CheckpointError):  # damaged
+            if path is not None and manifest.read(folder)["state"].get("begun_at") == path:
+                return True
+    return False
 
 
 def rank_0_first(action: Callable[[], T], topology: Topology) -> T:
@@ -85,7 +102,7 @@ def rank_0_first(action: Callable[[], T], topology: Topology) -> T:
 def resume(
     engine: Engine, training: TrainingConfig, tokenizer: Tokenizer | None = None
 ) -> tuple[Path | None, dict[str, Any]]:
-    """Bring `engine` to the checkpoint that `training.resume` asks for.
+    """Bring `engine` to the checkpoint that `training.resume` asks for; to the newest of a run that began there, if there is one.
 
     Args:
         tokenizer: the run's; None where all data is tokens already.
@@ -98,8 +115,11 @@ def resume(
     """
     if training.resume == "none":
         return None, {}
-    automatic = training.resume == "auto"
-    found = checkpoint.newest_intact(training.output_dir) if automatic else manifest.verify(Path(training.resume))
+    begun = [_has_begun(training)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(begun, src=0)  # all ranks take the same
+    newest = training.resume == "auto" or begun[0]
+    found = checkpoint.newest_intact(training.output_dir) if newest else manifest.verify(Path(training.resume))
     if found is None:
         return None, {}
     if tokenizer is not None and engine.config.data.tokenizer is None:

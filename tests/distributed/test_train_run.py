@@ -111,6 +111,15 @@ def test_the_chosen_step_has_a_trace(run: Run) -> None:
     assert any("backward" in event.get("name", "").lower() for event in events)
 
 
+def test_a_run_that_begins_at_anothers_checkpoint_goes_on_with_its_own(run: Run, workplace: Workplace) -> None:
+    """A requeued job has the command that began it."""
+    there = run.out / "checkpoints" / "step-00000060"
+    for begin, end in ((60, 64), (64, 66)):
+        branch = workplace.start("branch", f"training.resume={there}", f"training.steps={end}").finish()
+        assert branch.metrics()["resumed_from"] == begin
+        assert [step for step, _, _ in branch.losses()][-(end - begin):] == list(range(begin + 1, end + 1))
+
+
 def test_a_second_start_goes_on_from_the_end(run: Run, workplace: Workplace) -> None:
     before = run.losses(), run.evaluations()
     again = workplace.start("full").finish()

@@ -93,7 +93,7 @@ def write(folder: Path, config: Config, shards: Sequence[dict[str, Tensor]], par
 def publish(folder: Path, config: Config, layout: dict[str, Any] | None = None, state: dict[str, Any] | None = None) -> None:
     """(Re)write the manifest for whatever lies in `folder`."""
     if layout is None:
-        layout = manifest._read(folder)["layout"]
+        layout = manifest.read(folder)["layout"]
     files = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
              for path in sorted(folder.rglob("*.pt"))}
     manifest.write(folder, {"step": 7, "state": state or {}, "engine": {}, "layout": layout, "config": dataclasses.asdict(config),

@@ -246,7 +246,7 @@ def test_values_that_are_not_finite_and_outputs_that_are_not_empty(tmp_path: Pat
 def test_another_versions_layout_or_configuration_is_named(tmp_path: Path) -> None:
     config = made.config_of("engine.zero_stage=0")
     path = made.write(tmp_path / "step-7", config, made.parameters(config))
-    body = training_manifest._read(path)
+    body = training_manifest.read(path)
     training_manifest.write(path, body | {"layout": {"parallel.tensor_parallel": 1}})
     with pytest.raises(ConfigError, match=r"manifest\.json .* lacks 'engine\.zero_stage'"):
         export(path, tmp_path / "out")

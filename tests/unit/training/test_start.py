@@ -10,7 +10,7 @@ import pytest
 
 from mka_megatron.config.errors import ConfigError
 from mka_megatron.config.schema import DataConfig, TrainingConfig
-from mka_megatron.training import start
+from mka_megatron.training import manifest, start
 from mka_megatron.training.manifest import Checkpoint, CheckpointError
 from mka_megatron.training.start import check_output
 
@@ -50,6 +50,19 @@ def test_another_runs_checkpoint_does_not_begin_over_later_ones(tmp_path) -> Non
     for path in ("other/checkpoints/step-00000008", "kept/best"):
         with pytest.raises(ConfigError, match=r"^training\.resume is .*: .* holds later checkpoints, .* move step-00000012 .*\.$"):
             start(path)
+
+
+def test_a_run_that_began_at_a_path_is_not_another_future(tmp_path) -> None:
+    path, other = tmp_path / "other/checkpoints/step-00000008", tmp_path / "third/step-00000008"
+    for step, begun in ((12, path), (16, path)):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        manifest.write(folder, {"step": step, "state": {"begun_at": str(begun)}, "files": {}})
+    check_output(TrainingConfig(output_dir=str(tmp_path / "run"), resume=str(path)))
+    (folder / manifest.NAME).write_text("damaged")
+    check_output(TrainingConfig(output_dir=str(tmp_path / "run"), resume=str(path)))
+    with pytest.raises(ConfigError, match=r"holds later checkpoints, .* move step-00000016"):
+        check_output(TrainingConfig(output_dir=str(tmp_path / "run"), resume=str(other)))
 
 
 def test_an_output_directory_that_cannot_be(tmp_path) -> None:
