@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Saver:
     """Saves of one run, at most one of them in flight.
 
     Args:
-        engine: at a step boundary whenever `save` is called.
+        engine: where the run begins; at a step boundary whenever `save` is called.
         output_dir: the run's folder, on a file system that all ranks share.
         keep_last: newest checkpoints to keep.
         group: of all ranks on the host (gloo): agreement must not wait behind the device's stream. None: one rank.
@@ -60,6 +60,7 @@ class Saver:
         self._engine, self._output_dir, self._keep_last = engine, output_dir, keep_last
         self._group, self._background, self._published = group, background, published
         self._pending: Pending | None = None
+        self._passed_over = {step for step in steps(output_dir / "checkpoints") if step > engine.step}  # damaged
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin a checkpoint of `step` (:func:`begin`), once the one before it is complete."""
@@ -77,7 +78,8 @@ class Saver:
         """Wait for the checkpoint in flight, if there is one, and publish it."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._published(complete(pending, self._keep_last))
+            self._passed_over.discard(pending.step)
+            self._published(complete(pending, self._keep_last, self._passed_over))
 
 
 def begin(engine: Engine, output_dir: str | Path, step: int, state: dict[str, Any], group: dist.ProcessGroup | None = None, *,
@@ -112,12 +114,13 @@ def begin(engine: Engine, output_dir: str | Path, step: int, state: dict[str, An
     return Pending(parent, temporary, step, body, writer, problem, group)
 
 
-def complete(pending: Pending, keep_last: int) -> Path:
+def complete(pending: Pending, keep_last: int, passed_over: Collection[int] = ()) -> Path:
     """Wait for all ranks' files and publish the checkpoint; a collective call.
 
     Args:
         keep_last: newest checkpoints to keep; older ones are removed once this one is published, and so are those of later
             steps, from which this run has gone back.
+        passed_over: steps whose checkpoints do not count among them, and are removed too.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; older checkpoints are untouched.
@@ -135,7 +138,7 @@ def complete(pending: Pending, keep_last: int) -> Path:
         raise CheckpointError(
             f"checkpoint {final} could not be written ({problem}); older checkpoints in {parent} are untouched."
         )
-    _on_rank_0(lambda: _prune(parent, pending.step, keep_last), group)
+    _on_rank_0(lambda: _prune(parent, pending.step, keep_last, passed_over), group)
     return final
 
 
@@ -240,9 +243,9 @@ def _publish(temporary: Path, final: Path, body: dict[str, Any]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prune(parent: Path, newest: int, keep_last: int) -> None:
+def _prune(parent: Path, newest: int, keep_last: int, passed_over: Collection[int]) -> None:
     present = steps(parent)
-    kept = sorted(step for step in present if step <= newest)[-max(1, keep_last) :]
+    kept = sorted(step for step in present if step <= newest and step not in passed_over)[-max(1, keep_last) :]
     for step in set(present) - set(kept):
         path = parent / f"{PREFIX}{step:08d}"
         doomed = parent / f"{_TEMPORARY}old-{path.name}"

@@ -120,6 +120,15 @@ def test_a_run_that_begins_at_anothers_checkpoint_goes_on_with_its_own(run: Run,
         assert [step for step, _, _ in branch.losses()][-(end - begin):] == list(range(begin + 1, end + 1))
 
 
+def test_a_damaged_checkpoint_takes_no_intact_ones_place(workplace: Workplace) -> None:
+    few = ("training.keep_last=2", "training.eval_interval=0", "training.eval_batches=1")
+    folder = workplace.start("damaged", *few, "training.steps=16").finish().out / "checkpoints"
+    (folder / "step-00000016/manifest.json").write_text("damaged")
+    again = workplace.start("damaged", *few, "training.steps=20", "training.save_interval=20").finish()
+    assert again.metrics()["resumed_from"] == 8
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000020"]
+
+
 def test_a_second_start_goes_on_from_the_end(run: Run, workplace: Workplace) -> None:
     before = run.losses(), run.evaluations()
     again = workplace.start("full").finish()
