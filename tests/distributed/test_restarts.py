@@ -49,6 +49,12 @@ def test_two_killed_ranks_are_two_new_starts(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == ["rank 0, start 2: 4", "rank 1, start 2: 4"]
 
 
+def heed() -> None:
+    """A shell cannot trap what was ignored when it began, as INT is in a background job and HUP under nohup."""
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("state", "name"), [("starts", "SIGTERM"), ("starts", "SIGINT"), ("starts", "SIGHUP"), ("trains", "SIGTERM")])
 def test_ranks_that_a_signal_ends_are_not_started_anew(tmp_path: Path, state: str, name: str) -> None:
     """Before they listen by the first signal, when they train by the second."""
@@ -57,7 +63,7 @@ def test_ranks_that_a_signal_ends_are_not_started_anew(tmp_path: Path, state: st
     with out.open("w") as file:
         process = subprocess.Popen(
             ["/bin/bash", "-c", f"{SOURCED} run_torchrun 2 {tmp_path}/rank.py {state}"], stdout=file, stderr=file,
-            env=os.environ | {"MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1"}, preexec_fn=heed,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
