@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ dist.destroy_process_group()
 """
 
 SOURCED = f"say() {{ echo \"$*\" >&2; }}; fail() {{ say \"$*\"; exit 1; }}; source {ROOT}/launch/ranks.sh; "
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 WAITING = """
 import os, signal, sys, time
 signal.signal(signal.SIGUSR1, print)  # it may be kept for later
@@ -43,7 +45,7 @@ time.sleep(60)
 def test_two_killed_ranks_are_two_new_starts(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     command = f"{SOURCED} run_torchrun 2 {tmp_path}/rank.py"
-    environment = os.environ | {"MAX_RESTARTS": "2", "OMP_NUM_THREADS": "1"}
+    environment = ENVIRONMENT | {"MAX_RESTARTS": "2"}
     done = subprocess.run(["/bin/bash", "-c", command], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert sorted(done.stdout.splitlines()) == ["rank 0, start 2: 4", "rank 1, start 2: 4"]
@@ -63,7 +65,7 @@ def test_ranks_that_a_signal_ends_are_not_started_anew(tmp_path: Path, state: st
     with out.open("w") as file:
         process = subprocess.Popen(
             ["/bin/bash", "-c", f"{SOURCED} run_torchrun 2 {tmp_path}/rank.py {state}"], stdout=file, stderr=file,
-            env=os.environ | {"MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1"}, preexec_fn=heed,
+            env=ENVIRONMENT | {"MAX_RESTARTS": "1"}, preexec_fn=heed,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
