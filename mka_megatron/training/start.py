@@ -67,9 +67,11 @@ def begins_at(training: TrainingConfig) -> str | None:
 def _has_begun(training: TrainingConfig) -> bool:
     """Whether output_dir has checkpoints of a run that began at the one in training.resume: of this run, interrupted."""
     path = begins_at(training)
+    if path is None:
+        return False
     for folder in Path(training.output_dir, "checkpoints").glob(f"{PREFIX}*"):
         with contextlib.suppress(CheckpointError):  # damaged
-            if path is not None and manifest.read(folder)["state"].get("begun_at") == path:
+            if manifest.read(folder)["state"].get("begun_at") == path:
                 return True
     return False
 
